@@ -1,0 +1,420 @@
+"""Conversion as a whole: an FP32 ONNX file becomes a mixed one that is proven, measured, and written only if it may be.
+
+This joins the rewriter (which runs nothing) with a runtime that runs the FP32 and the emulated model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from mpdeploy.artifact import Array, Feeds
+from mpdeploy.data_files import FeedSet, load_feeds
+from mpdeploy.engines import onnxruntime as ort_engine
+from mpdeploy.environment import package_version
+from mpdeploy.errors import ConversionError, GateFailedError, UsageError
+from mpdeploy.files import atomic_path, write_json
+from mpdeploy.measure.drift import DriftMeter, DriftReport
+from mpdeploy.precision import formats
+from mpdeploy.precision.blame import Blame, blame_nodes
+from mpdeploy.precision.emulate import emulate
+from mpdeploy.precision.flow import float_values, shape_size
+from mpdeploy.precision.keep_list import match_keep_list, read_patterns
+from mpdeploy.precision.model_io import input_specs, load_model, save_model, write_model
+from mpdeploy.precision.plan import PrecisionPlan, make_plan
+from mpdeploy.precision.ranges import Ranges, collect_ranges
+from mpdeploy.precision.rewrite import PrecisionCount, Prepared, count_precisions, prepare, rewrite
+from mpdeploy.precision.verify import check_file, check_strict_types
+
+LOST_REL_L2 = 0.5
+"""Above this relative L2 drift an output is lost, and no gate is needed to say so."""
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        output: the file that was written, or None where none was asked for.
+        plan: node -> precision, with reasons.
+        counts: of the mixed model.
+        drift: emulated drift against the FP32 model on all samples, or None without data.
+        warnings: what a user should know.
+        ranges: the statistics the plan rests on, or None.
+        seconds: time it took.
+        evaluations: passes of the emulated model over all samples.
+    """
+
+    output: Path | None
+    plan: PrecisionPlan
+    counts: PrecisionCount
+    drift: DriftReport | None
+    warnings: tuple[str, ...] = ()
+    ranges: Ranges | None = None
+    seconds: float = 0.0
+    evaluations: int = 0
+    blame: tuple[Blame, ...] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `mpdeploy convert --json` prints."""
+        return {
+            "output": None if self.output is None else str(self.output),
+            "precision": self.plan.half.name,
+            "nodes": self.counts.nodes,
+            "half_nodes": self.counts.half_nodes,
+            "kept": [
+                {"node": node, "op": self.plan.ops[node], "reason": "; ".join(map(str, reasons))}
+                for node, reasons in self.plan.kept.items()
+            ],
+            "casts": self.counts.casts,
+            "drift": None if self.drift is None else self.drift.to_json()["outputs"],
+            "notes": list(self.plan.notes),
+            "warnings": list(self.warnings),
+            "ranges_from": self.plan.ranges_from,
+            "evaluations": self.evaluations,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def convert(
+    model: Path,
+    *,
+    data: str | FeedSet | None = None,
+    keep: Sequence[str] = (),
+    precision: formats.HalfName = "fp16",
+    keep_io: bool = False,
+    keep_io_names: Collection[str] = (),
+    output: Path | None = None,
+    max_drift: float | None = None,
+    amax: Mapping[str, float] | None = None,
+    progress: Progress = lambda _: None,
+    disabled_rules: Collection[str] = (),
+    use_ranges: bool = True,
+) -> Conversion:
+    """Convert an FP32 ONNX model into a strictly typed mixed one.
+
+    Args:
+        model: the FP32 model.
+        data: samples (see `data_files`); without them rules alone decide and no drift is measured.
+        keep: the user's keep-list: names, globs, `op:TYPE`, `scope:MODULE`, `@FILE`.
+        precision: `fp16` or `bf16`.
+        keep_io: all inputs and outputs stay FP32.
+        keep_io_names: these inputs and outputs stay FP32.
+        output: where to write; None writes nothing.
+        max_drift: largest relative L2 drift of the worst output; the lost-signal limit always applies.
+        amax: tensor name -> largest magnitude recorded in training.
+        progress: told what is being done.
+        disabled_rules: range rules to leave out (to show what each is for).
+        use_ranges: whether ranges are taken from the data (else it only serves to measure drift).
+
+    Raises:
+        ModelError, DataError, KeepListError: bad input.
+        ConversionError: the result did not prove valid.
+        GateFailedError: an output is lost, or `max_drift` is not met; nothing is written.
+    """
+    begin = time.perf_counter()
+    half = formats.FORMATS[precision]
+    progress("reading")
+    loaded = load_model(model)
+    warnings = _refuse_double_output(model, output)
+    feeds = None
+    if data is not None:
+        feeds = data if isinstance(data, FeedSet) else load_feeds(data, input_specs(loaded), where=str(model))
+    else:
+        warnings.append("no --data: rules alone decided, ranges and drift were not measured")
+    float_io = _float_io(loaded, keep_io, keep_io_names)
+    prepared = prepare(loaded, half)
+    kept = match_keep_list(prepared.index, read_patterns(keep), model_name=str(model))
+    ranges = None
+    with tempfile.TemporaryDirectory(prefix="mpdeploy-") as name:
+        folder = Path(name)
+        if feeds is not None and use_ranges:
+            progress("taking ranges")
+            ranges = measure_ranges(prepared, feeds, folder)
+            warnings += [
+                f"the FP32 model itself gives NaN in '{tensor}' on feed {feed}"
+                for tensor, feed in list(ranges.nan_tensors.items())[:3]
+            ]
+        if amax:
+            ranges = ranges or Ranges()
+            for tensor, largest in amax.items():
+                if tensor in ranges.tensors:
+                    ranges.tensors[tensor].merge_amax(largest, "training")
+        progress("planning")
+        plan = make_plan(
+            prepared.index,
+            half,
+            keep=kept,
+            ranges=ranges,
+            float_io=float_io,
+            notes=prepared.notes,
+            disabled_rules=disabled_rules,
+        )
+        progress("rewriting")
+        mixed = rewrite(prepared, plan)
+        check_strict_types(mixed)
+        counts = count_precisions(mixed)
+        drift, evaluations = None, 0
+        blame: tuple[Blame, ...] = ()
+        if feeds is not None:
+            progress("measuring emulated drift")
+            reference = load_model(model)
+            drift = emulated_drift(reference, mixed, feeds, folder)
+            evaluations = 1
+            limit = LOST_REL_L2 if max_drift is None else max_drift
+            if not drift.rel_l2 <= limit:
+                blame = tuple(blame_nodes(prepared.model, mixed, _feed_of(drift, feeds), _open_in(folder)))
+                raise _drift_error(drift, limit, blame, max_drift is not None)
+        elif max_drift is not None:
+            raise UsageError("--max-drift needs --data to measure drift on.", hint="add --data calib.npz")
+        if output is not None:
+            progress("proving and writing")
+            _write(model, output, prepared, plan, mixed, folder)
+    return Conversion(
+        output=output,
+        plan=plan,
+        counts=counts,
+        drift=drift,
+        warnings=tuple(warnings),
+        ranges=ranges,
+        seconds=time.perf_counter() - begin,
+        evaluations=evaluations,
+        blame=blame,
+    )
+
+
+def _refuse_double_output(model: Path, output: Path | None) -> list[str]:
+    if output is not None and output.exists() and model.exists() and output.samefile(model):
+        raise UsageError(f"The output {output} is the input model itself.", hint="give another --output")
+    return []
+
+
+def _float_io(model: ir.Model, keep_io: bool, names: Collection[str]) -> set[str]:
+    known = [value.name or "" for value in (*model.graph.inputs, *model.graph.outputs)]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        from mpdeploy.errors import closest_names
+
+        raise UsageError(
+            f"The model has no input or output '{unknown[0]}'.",
+            hint=f"closest names: {closest_names(unknown[0], known)}",
+        )
+    return set(known) if keep_io else set(names)
+
+
+def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path) -> Ranges:
+    """Statistics of every computed float tensor, and of the float inputs, over all feeds."""
+    values = float_values(prepared.index)
+    samples = max((feeds.samples_in(feed) for feed in feeds), default=1)
+    sizes = {
+        value.name or "": int(shape_size(value)) * (samples if value.shape is not None else 1)
+        for value in values
+        if value.shape is not None
+    }
+    ranges = collect_ranges(
+        _opener(prepared.model, folder, "ranges"),
+        [value.name or "" for value in values],
+        lambda: iter(feeds),
+        values_of=sizes,
+        num_samples=feeds.num_samples,
+    )
+    from mpdeploy.precision.ranges import TensorStats
+
+    for spec in feeds.inputs:
+        if spec.dtype == "float32":
+            stats = ranges.tensors.setdefault(spec.name, TensorStats())
+            for number, feed in enumerate(feeds):
+                stats.add(np.asarray(feed[spec.name], dtype=np.float32), number)
+    return ranges
+
+
+def _opener(
+    model: ir.Model, folder: Path, stem: str
+) -> Callable[[Sequence[str]], contextlib.AbstractContextManager[Any]]:
+    """A function that opens a model with chosen tensors as outputs; its weights are written once and shared."""
+    base = folder / f"{stem}.onnx"
+    if not base.exists():
+        ir.save(model, base, external_data=f"{stem}.weights")
+    shared = ir.load(base)
+    by_name = {value.name: value for node in shared.graph for value in node.outputs}
+    by_name |= {value.name: value for value in shared.graph.inputs}
+    originals = list(shared.graph.outputs)
+
+    @contextlib.contextmanager
+    def open_model(names: Sequence[str]) -> Iterator[Callable[[Feeds], dict[str, Array]]]:
+        shared.graph.outputs.clear()
+        shared.graph.outputs.extend(originals)
+        present = {value.name for value in originals}
+        for name in names:
+            if name not in present:
+                shared.graph.outputs.append(by_name[name])
+        path = folder / f"{stem}.chunk.onnx"
+        ir.save(shared, path)
+        with ort_engine.run_tensors(path, names) as infer:
+            yield infer
+
+    return open_model
+
+
+def _open_in(folder: Path) -> Callable[[ir.Model, str], Any]:
+    return lambda model, stem: _opener(model, folder, stem)
+
+
+def write_for_run(model: ir.Model, folder: Path, name: str) -> Path:
+    """Write a model into a scratch folder, for a runtime to load."""
+    return write_model(model, folder, name)
+
+
+def emulated_drift(reference: ir.Model, mixed: ir.Model, feeds: FeedSet, folder: Path) -> DriftReport:
+    """Drift of a mixed model, as half hardware would show it, against the FP32 model.
+
+    Raises:
+        StageFailedError: the runtime does not keep the rounding (see `engines.onnxruntime.prove_pairs_are_kept`).
+    """
+    for dtype in _half_types(mixed):
+        ort_engine.prove_pairs_are_kept(dtype)
+    split = all(
+        value.shape is None or not value.shape.dims or not isinstance(value.shape[0], int)
+        for value in reference.graph.outputs
+    )
+    fp32_path = folder / "reference.onnx"
+    if not fp32_path.exists():
+        write_model(reference, folder, fp32_path.name)
+    emulated_path = write_model(emulate(mixed), folder, "emulated.onnx")
+    meter = DriftMeter()
+    with ort_engine.OrtRunner(fp32_path) as fp32, ort_engine.OrtRunner(emulated_path) as half:
+        for feed in feeds:
+            golden = fp32.infer(feed)
+            meter.add(
+                golden, half.infer(feed), split=split and bool(feeds.batched) and _same_batch(golden, feeds, feed)
+            )
+    return meter.report()
+
+
+def _same_batch(golden: Mapping[str, Array], feeds: FeedSet, feed: Mapping[str, Array]) -> bool:
+    return all(array.ndim and len(array) == feeds.samples_in(feed) for array in golden.values())
+
+
+def _half_types(model: ir.Model) -> set[ir.DataType]:
+    return {
+        value.dtype
+        for node in model.graph.all_nodes()
+        for value in node.outputs
+        if value.dtype is not None and value.dtype in formats.HALF_TYPES
+    }
+
+
+def _feed_of(drift: DriftReport, feeds: FeedSet) -> Mapping[str, Array]:
+    """The feed that holds the worst sample."""
+    worst = max(drift.outputs.values(), key=lambda output: output.rel_l2).worst_sample if drift.outputs else 0
+    count = 0
+    for feed in feeds:
+        count += feeds.samples_in(feed)
+        if worst < count:
+            return feed
+    return feeds.feeds[-1]
+
+
+def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked: bool) -> GateFailedError:
+    name, worst = max(drift.outputs.items(), key=lambda item: item[1].rel_l2)
+    what = (
+        f"{int(worst.num_nonfinite.sum())} values are not finite"
+        if worst.num_nonfinite.any()
+        else f"relative L2 drift {worst.rel_l2:.3g}"
+    )
+    lines = "\n".join(f"  {item}" for item in blame[:8])
+    return GateFailedError(
+        f"Output '{name}' {'drifts too far' if asked else 'is lost'} in half precision: {what}, "
+        f"the limit is {limit:.3g}. Nothing was written."
+        + (f"\n\nThese nodes did it (drift of what goes in -> of what comes out):\n{lines}" if lines else ""),
+        hint="keep them in FP32 with --keep, let --search find the smallest keep-list, or try --precision bf16",
+    )
+
+
+def _write(source: Path, output: Path, prepared: Prepared, plan: PrecisionPlan, mixed: ir.Model, folder: Path) -> None:
+    if not plan.half_nodes and not any(key.startswith(("input:", "output:")) for key in plan.half_keys):
+        _copy(source, output)
+        return
+    checks: list[Callable[[Path], None]] = [check_file]
+    if package_version("onnxruntime") or package_version("onnxruntime-gpu"):
+        checks.append(lambda path: _check_session(path, mixed, plan, folder))
+    save_model(mixed, output, checks)
+
+
+def _copy(source: Path, output: Path) -> None:
+    """Nothing becomes half: the file stays what it was, bit for bit."""
+    model = ir.load(source)
+    locations = {
+        value.const_value.location
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    for location in locations:
+        with atomic_path(output.parent / location) as temporary:
+            shutil.copyfile(source.parent / location, temporary)
+    with atomic_path(output) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _check_session(path: Path, mixed: ir.Model, plan: PrecisionPlan, folder: Path) -> None:
+    """ONNX Runtime must load the file; for BF16, of which its CPU provider has few kernels, the emulated model."""
+    from mpdeploy.errors import BuildError
+
+    target = path
+    if plan.half.name == "bf16":
+        target = folder / "emulated.onnx"
+        if not target.exists():
+            write_model(emulate(mixed), folder, target.name)
+    try:
+        with ort_engine.OrtRunner(target, optimise=False):
+            pass
+    except BuildError as error:
+        raise ConversionError(
+            f"ONNX Runtime refuses the rewritten model: {error.message}",
+            hint="--keep the node it names, and please report it",
+        ) from error
+
+
+def write_plan(path: Path, conversion: Conversion) -> None:
+    """Write `plan.json`: every kept node and why. `--keep @plan.json` takes it back."""
+    write_json(
+        path, conversion.plan.to_json() | {"drift": conversion.to_json()["drift"], "casts": conversion.counts.casts}
+    )
+
+
+def record_conversion(path: Path, model: Path, conversion: Conversion) -> None:
+    """Keep a conversion in a run directory, as the stage 30-convert: its record, its plan, and the source's digest."""
+    from mpdeploy.artifact import FileArtifact, OnnxModel
+    from mpdeploy.files import sha256_of_file
+    from mpdeploy.precision.model_io import output_specs
+    from mpdeploy.run_dir import RunDir, StageRecord
+
+    assert conversion.output is not None
+    precision = conversion.plan.half.name
+    with RunDir.create(path) as run:
+        folder = run.folder("30-convert")
+        plan_path = folder / f"plan.{precision}.json"
+        write_plan(plan_path, conversion)
+        kept: dict[str, FileArtifact] = {f"plan.{precision}": FileArtifact.of(plan_path)}
+        if conversion.output.resolve().is_relative_to(run.path.resolve()):
+            written = load_model(conversion.output)
+            kept[precision] = OnnxModel.of(
+                run.path / conversion.output.resolve().relative_to(run.path.resolve()),
+                inputs=input_specs(written), outputs=output_specs(written), sidecar={"precision": precision},
+            )  # fmt: skip
+        report: dict[str, Any] = {
+            precision: {key: value for key, value in conversion.to_json().items() if key != "output"}
+        }
+        key = {"source": str(model), "source_sha256": sha256_of_file(model)}
+        run.put(StageRecord("30-convert", "done", key, kept, report, conversion.seconds))

@@ -1,0 +1,149 @@
+"""Reading and writing ONNX files: external data stays on disk until it is needed, and a file is whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from mpdeploy.artifact import TensorSpec
+from mpdeploy.errors import ModelError
+from mpdeploy.files import cannot_write
+from mpdeploy.precision.graph_index import all_graphs
+
+EXTERNAL_FROM_BYTES = 1_800_000_000
+"""Above this a model's weights go into a file of their own: protobuf ends at 2 GiB."""
+OPSETS = range(9, 26)
+
+
+def load_model(path: Path) -> ir.Model:
+    """Read an ONNX file; weights stay where they are until someone asks for them.
+
+    Raises:
+        ModelError: no such file, not ONNX, truncated, or external data that is missing, too short or outside its folder.
+    """
+    if not path.is_file():
+        raise ModelError(f"There is no model file {path}.", hint="check the path")
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf and the deserialiser raise a dozen types for a file that is not ONNX
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{path} is not a readable ONNX model: {text}",
+            hint=f"the file has {path.stat().st_size} bytes; export it again, or fetch it again if it was cut short",
+        ) from error
+    if not len(model.graph) and not model.graph.outputs:
+        raise ModelError(f"{path} is not an ONNX model: it holds no graph.", hint="give the .onnx file itself")
+    opset = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx"))
+    if opset is not None and opset not in OPSETS:
+        raise ModelError(
+            f"{path} has opset {opset}; opsets {OPSETS[0]} to {OPSETS[-1]} are supported.",
+            hint="export it with opset_version=20, or convert it with onnx.version_converter",
+        )
+    _check_external_data(model, path)
+    return model
+
+
+def _check_external_data(model: ir.Model, path: Path) -> None:
+    folder = path.parent.resolve()
+    for graph in all_graphs(model.graph):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            where = (folder / tensor.location).resolve()
+            if not where.is_relative_to(folder):
+                raise ModelError(
+                    f"{path}: the external data of '{value.name}' lies outside the model's folder: {tensor.location}",
+                    hint="a model must keep its weights beside it; this one may be hostile",
+                )
+            if not where.is_file():
+                raise ModelError(
+                    f"{path}: the external data file '{tensor.location}' of '{value.name}' is missing.",
+                    hint=f"put it into {folder}",
+                )
+            need = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            if where.stat().st_size < need:
+                raise ModelError(
+                    f"{path}: the external data file '{tensor.location}' has {where.stat().st_size} bytes, "
+                    f"'{value.name}' needs {need}.",
+                    hint="it was cut short: fetch it again",
+                )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initialisers."""
+    return sum(
+        value.const_value.nbytes
+        for graph in all_graphs(model.graph)
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def write_model(model: ir.Model, folder: Path, name: str) -> Path:
+    """Write into a folder, with external data `NAME.data` where the weights are large. Not atomic: see `save_model`."""
+    path = folder / name
+    if weight_bytes(model) > EXTERNAL_FROM_BYTES:
+        ir.save(model, path, external_data=f"{name}.data")
+    else:
+        ir.save(model, path)
+    return path
+
+
+def save_model(model: ir.Model, path: Path, checks: Sequence[Callable[[Path], None]] = ()) -> None:
+    """Write a model so that it is whole, and passes every check, before it has its name.
+
+    Raises:
+        StageFailedError: the disk is full or the folder cannot be written.
+        Whatever a check raises; no file is left then.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        written = write_model(model, folder, path.name)
+        for check in checks:
+            check(written)
+        data = folder / f"{path.name}.data"
+        if data.exists():
+            data.replace(path.parent / data.name)
+        written.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
+    """Specs of graph inputs or outputs."""
+    found = []
+    for value in values:
+        dtype = "unknown" if value.dtype is None else _NUMPY_NAMES.get(value.dtype, value.dtype.name.lower())
+        shape = None
+        if value.shape is not None:
+            shape = tuple(axis if isinstance(axis, int) else axis.value for axis in value.shape)
+        found.append(TensorSpec(value.name or "", dtype, shape))
+    return tuple(found)
+
+
+def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """Inputs a caller must give: those without a default."""
+    return specs([value for value in model.graph.inputs if not value.is_initializer()])
+
+
+def output_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """Outputs."""
+    return specs(model.graph.outputs)
+
+
+_NUMPY_NAMES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.DOUBLE: "float64",
+    ir.DataType.STRING: "object",
+}

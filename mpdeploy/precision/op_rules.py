@@ -1,0 +1,122 @@
+"""What is known about ops beyond their schemas: one table, one row an op, each with its reason.
+
+Whether an op *has* a half form at all is read from its ONNX schema (`schema.py`). This table adds what schemas do not say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class OpRule:
+    """One op.
+
+    Attributes:
+        op: its type; `domain` is the default one.
+        keep: always FP32.
+        float_inputs: input positions whose tensors stay FP32 although the schema admits half there.
+        reason: why.
+    """
+
+    op: str
+    reason: str
+    keep: bool = False
+    float_inputs: tuple[int, ...] = ()
+
+
+OP_RULES: tuple[OpRule, ...] = (
+    # Shape arithmetic in floating point: exact integers above 2048 do not survive FP16.
+    OpRule("Range", keep=True, reason="its values are positions: integers above 2048 are not exact in FP16"),
+    OpRule("CumSum", keep=True, reason="each value is a running sum: rounding adds up along the axis"),
+    OpRule("Resize", float_inputs=(1, 2), reason="roi and scales are coordinates: TensorRT and ONNX Runtime want FP32"),
+    OpRule("Upsample", float_inputs=(1,), reason="scales are coordinates: TensorRT and ONNX Runtime want FP32"),
+    # Random numbers: a seed gives other numbers in another type.
+    OpRule("RandomNormal", keep=True, reason="a seed gives other numbers in half precision"),
+    OpRule("RandomNormalLike", keep=True, reason="a seed gives other numbers in half precision"),
+    OpRule("RandomUniform", keep=True, reason="a seed gives other numbers in half precision"),
+    OpRule("RandomUniformLike", keep=True, reason="a seed gives other numbers in half precision"),
+    OpRule("Multinomial", keep=True, reason="a seed gives other numbers in half precision"),
+    OpRule("Bernoulli", keep=True, reason="a seed gives other numbers in half precision"),
+    # Quantisation: scales decide the integers, and TensorRT fuses Q/DQ pairs only when their scales stay as trained.
+    OpRule("QuantizeLinear", keep=True, reason="a rounded scale moves the integers"),
+    OpRule("DequantizeLinear", keep=True, reason="a rounded scale moves every value"),
+    OpRule("DynamicQuantizeLinear", keep=True, reason="a rounded input moves the scale"),
+    # No half kernels: TensorRT refuses them, ONNX Runtime has none on CUDA.
+    OpRule("NonMaxSuppression", keep=True, reason="boxes and scores are compared: TensorRT and ONNX Runtime want FP32"),
+    OpRule("RoiAlign", keep=True, reason="regions are coordinates: integers above 2048 are not exact in FP16"),
+    OpRule("GridSample", keep=True, reason="its grid holds coordinates: FP16 moves them by pixels"),
+    OpRule("AffineGrid", keep=True, reason="its values are coordinates"),
+    OpRule("Det", keep=True, reason="a determinant cancels: TensorRT and ONNX Runtime have no half kernel"),
+    OpRule("STFT", keep=True, reason="no half kernel in ONNX Runtime"),
+    OpRule("DFT", keep=True, reason="no half kernel in ONNX Runtime, and its sums are as long as the signal"),
+    OpRule("MelWeightMatrix", keep=True, reason="its values are frequencies"),
+)
+RULE_OF_OP = {rule.op: rule for rule in OP_RULES}
+
+# Ops that compute nothing: the values that come out are values that went in (or exact functions of them, like Relu), so that a
+# half input gives a half output without another rounding.
+EXACT_OPS = frozenset(
+    [
+        "Abs",
+        "ArgMax",
+        "ArgMin",
+        "Ceil",
+        "Compress",
+        "Concat",
+        "DepthToSpace",
+        "Dropout",
+        "Expand",
+        "Flatten",
+        "Floor",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "Max",
+        "MaxPool",
+        "GlobalMaxPool",
+        "Min",
+        "Neg",
+        "OneHot",
+        "Pad",
+        "ReduceMax",
+        "ReduceMin",
+        "Relu",
+        "Reshape",
+        "ReverseSequence",
+        "Round",
+        "ScatterElements",
+        "ScatterND",
+        "Scatter",
+        "Sign",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "TopK",
+        "Transpose",
+        "Trilu",
+        "Unique",
+        "Unsqueeze",
+        "Where",
+        "Clip",
+        "Shape",
+        "Size",
+        "IsNaN",
+        "IsInf",
+        "NonZero",
+        "Equal",
+        "Less",
+        "Greater",
+        "LessOrEqual",
+        "GreaterOrEqual",
+        "EyeLike",
+    ]
+)
+
+# Ops whose work grows faster than their bytes: half precision is what makes them fast, so a border never costs more than it saves.
+COMPUTE_OPS = frozenset(
+    ["MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention", "LSTM", "GRU", "RNN", "DeformConv"]
+)

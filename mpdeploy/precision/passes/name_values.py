@@ -1,0 +1,51 @@
+"""Give every value a name: statistics and casts refer to tensors by name."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from mpdeploy.precision.graph_index import all_graphs
+
+
+class NameValuesPass(ir.passes.InPlacePass):
+    """Name unnamed values, and rename in bodies what hides a name of an outer graph.
+
+    1. A value without a name that is used gets one. (An unused optional output keeps its empty name: it means "not asked for".)
+    2. Values of different bodies may share a name (both branches of an If do); ids by name would confuse them, so the later ones
+       are renamed. Graph inputs and outputs of the main graph, and its tensors, keep their names.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Name."""
+        modified = False
+        taken: dict[str, ir.Value] = {}
+        counter = 0
+        for graph in all_graphs(model.graph):
+            values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+            for value in dict.fromkeys(values):
+                if not value.name:
+                    if value.uses() or value.is_graph_output():
+                        while f"unnamed_{counter}" in taken:
+                            counter += 1
+                        value.name = f"unnamed_{counter}"
+                        modified = True
+                    else:
+                        continue
+                assert value.name is not None
+                if taken.get(value.name, value) is not value:
+                    base, count = value.name, 2
+                    while f"{base}#{count}" in taken:
+                        count += 1
+                    _rename(graph, value, f"{base}#{count}")
+                    modified = True
+                taken[value.name] = value
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    if value.is_initializer():
+        graph.initializers.pop(value.name or "")
+        value.name = name
+        graph.register_initializer(value)
+    else:
+        value.name = name

@@ -1,0 +1,171 @@
+"""Rules over ranges: one row a rule. Each looks at what tensors held on real samples, and names nodes that must stay FP32.
+
+A tensor that half cannot hold must be neither made nor taken in half, so both its producer and its consumers are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from mpdeploy.precision.flow import half_ports
+from mpdeploy.precision.formats import FLOAT, HalfFormat
+from mpdeploy.precision.graph_index import GraphIndex
+from mpdeploy.precision.ranges import Ranges, TensorStats
+
+UNDERFLOW_LIMIT = 2.0**-9
+"""Relative L2 error a tensor may suffer from FP16's range, beside its normal rounding: four unit roundoffs."""
+
+
+@dataclass(frozen=True, slots=True)
+class RangeVerdict:
+    """Nodes (by id) and graph inputs or outputs (by name) that must be FP32, and the values that say so."""
+
+    nodes: tuple[str, ...]
+    text: str
+    io: tuple[str, ...] = ()
+
+
+class Tensors:
+    """What a rule sees: the model, the format, and the statistics of each float tensor."""
+
+    def __init__(self, index: GraphIndex, half: HalfFormat, ranges: Ranges) -> None:
+        self.index = index
+        self.half = half
+        self.ranges = ranges
+        self._outputs = set(index.model.graph.outputs)
+
+    def each(self) -> Iterator[tuple[ir.Value, TensorStats]]:
+        """Float tensors with their statistics."""
+        for value, dtype in self.index.dtypes.items():
+            stats = self.ranges.tensors.get(value.name or "")
+            if dtype == FLOAT and stats is not None and stats.count + stats.amax > 0:
+                yield value, stats
+
+    def stats(self, value: ir.Value | None) -> TensorStats | None:
+        """Statistics of a tensor, where there are any."""
+        return None if value is None else self.ranges.tensors.get(value.name or "")
+
+    def around(self, value: ir.Value, text: str) -> RangeVerdict:
+        """Producer and half-taking consumers of a tensor that half cannot hold."""
+        nodes = []
+        producer = value.producer()
+        if producer is not None:
+            nodes.append(self.index.id_of[producer])
+        for node, position in value.uses():
+            if position in half_ports(self.index, node, self.half)[0]:
+                nodes.append(self.index.id_of[node])
+        io = (value.name or "",) if producer is None or value in self._outputs else ()
+        return RangeVerdict(tuple(dict.fromkeys(nodes)), text, io)
+
+
+@dataclass(frozen=True, slots=True)
+class RangeRule:
+    """One row.
+
+    Attributes:
+        name: to name it in a report or leave it out.
+        kind: the kind of the reasons it gives.
+        find: yields what must be FP32.
+        reason: what goes wrong without it.
+    """
+
+    name: str
+    kind: str
+    find: Callable[[Tensors], Iterator[RangeVerdict]]
+    reason: str
+
+
+def _overflow(tensors: Tensors) -> Iterator[RangeVerdict]:
+    for value, stats in tensors.each():
+        if stats.amax * stats.tail_factor >= tensors.half.overflow_from:
+            seen = "in training" if stats.source == "training" else f"seen, x{stats.tail_factor:.2g} for the tail"
+            yield tensors.around(
+                value, f"{value.name} reaches {stats.amax:.4g} ({seen}); half holds {tensors.half.max:.6g}"
+            )
+
+
+def _underflow(tensors: Tensors) -> Iterator[RangeVerdict]:
+    for value, stats in tensors.each():
+        loss = stats.rounding_loss(tensors.half)
+        if loss > UNDERFLOW_LIMIT:
+            yield tensors.around(
+                value,
+                f"{value.name} lies near {stats.rms:.2g}: rounding loses {100 * loss:.2g} % of it "
+                f"(half is exact above {tensors.half.min_normal:.2g})",
+            )
+
+
+def _small_divisor(tensors: Tensors) -> Iterator[RangeVerdict]:
+    """1/x, log x and the like magnify what happens to the smallest values, whatever the tensor's energy."""
+    for node_id, node in tensors.index.nodes.items():
+        position = _SENSITIVE.get(node.op_type)
+        if position is None or position >= len(node.inputs):
+            continue
+        divisor = node.inputs[position]
+        stats = tensors.stats(divisor)
+        if stats is None or divisor is None or stats.count == 0 or not math.isfinite(stats.amin):
+            continue
+        if stats.amin < tensors.half.min_normal:
+            yield RangeVerdict(
+                (*tensors.around(divisor, "").nodes, node_id),
+                f"{node.op_type} of {divisor.name}, which comes down to {stats.amin:.2g} "
+                f"(half is exact above {tensors.half.min_normal:.2g})",
+            )
+
+
+_SENSITIVE = {"Div": 1, "Reciprocal": 0, "Log": 0}
+
+
+def _inner_sum(tensors: Tensors) -> Iterator[RangeVerdict]:
+    """A sum or a sum of squares inside a reduction can leave the range although what goes in and comes out does not."""
+    limit = tensors.half.overflow_from
+    for node_id, node in tensors.index.nodes.items():
+        bound = _INNER.get(node.op_type)
+        source = node.inputs[0] if node.inputs else None
+        stats = tensors.stats(source)
+        if bound is None or source is None or stats is None or not stats.count:
+            continue
+        inner = bound(tensors, node, stats)
+        if inner is not None and inner * stats.tail_factor >= limit:
+            yield RangeVerdict(
+                (node_id,),
+                f"inside {node.op_type} a sum over {source.name} reaches about {inner:.3g}; half holds {tensors.half.max:.6g}",
+            )
+
+
+def _sum_of_mean(tensors: Tensors, node: ir.Node, stats: TensorStats) -> float | None:
+    mean = tensors.stats(node.outputs[0])
+    if mean is None or not mean.count:
+        return None
+    return mean.amax * stats.count / mean.count
+
+
+def _sum_of_squares_of_norm(tensors: Tensors, node: ir.Node, _: TensorStats) -> float | None:
+    norm = tensors.stats(node.outputs[0])
+    return None if norm is None else norm.amax**2
+
+
+def _squares_of_layer_norm(tensors: Tensors, node: ir.Node, stats: TensorStats) -> float | None:
+    return stats.amax**2
+
+
+_INNER: dict[str, Callable[[Tensors, ir.Node, TensorStats], float | None]] = {
+    "ReduceMean": _sum_of_mean,
+    "GlobalAveragePool": _sum_of_mean,
+    "ReduceL2": _sum_of_squares_of_norm,
+    "LayerNormalization": _squares_of_layer_norm,
+    "InstanceNormalization": _squares_of_layer_norm,
+    "GroupNormalization": _squares_of_layer_norm,
+    "RMSNormalization": _squares_of_layer_norm,
+}
+
+RANGE_RULES: tuple[RangeRule, ...] = (
+    RangeRule("overflow", "range", _overflow, "a value above the largest one held becomes infinite, and NaN after it"),
+    RangeRule("underflow", "range", _underflow, "values below the smallest normal one are lost: the signal with them"),
+    RangeRule("small-divisor", "range", _small_divisor, "a divisor rounded to zero gives infinity"),
+    RangeRule("inner-sum", "inner", _inner_sum, "a sum inside an op overflows where the engine sums in half"),
+)

@@ -1,0 +1,163 @@
+"""The rewriter: prepare an FP32 model, then carry out a plan on it. Read `PASSES` as the list of what happens.
+
+    prepared = prepare(model, half)              # functions inlined, nodes sorted, masks clamped, opset raised where needed
+    plan = make_plan(prepared.index, half, ...)  # see plan.py
+    mixed = rewrite(prepared, plan)              # a new model; `prepared` stays as it is
+
+Statistics are taken of the prepared model, so that clamped masks do not look like overflow. Drift is measured against the original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from mpdeploy.errors import ModelError
+from mpdeploy.precision.formats import HalfFormat
+from mpdeploy.precision.graph_index import GraphIndex, all_graphs, sort_nodes
+from mpdeploy.precision.passes.assignment import Assignment
+from mpdeploy.precision.passes.clamp_masks import ClampMasksPass
+from mpdeploy.precision.passes.convert_constants import ConvertConstantsPass
+from mpdeploy.precision.passes.declare_types import DeclareTypesPass
+from mpdeploy.precision.passes.insert_casts import InsertCastsPass
+from mpdeploy.precision.passes.name_values import NameValuesPass
+from mpdeploy.precision.passes.raise_opset import RaiseOpsetPass, needs_raise
+from mpdeploy.precision.passes.refresh_shapes import RefreshShapesPass
+from mpdeploy.precision.passes.remove_casts import RemoveNoOpCastsPass
+from mpdeploy.precision.passes.retype_attributes import RetypeAttributesPass
+from mpdeploy.precision.plan import PrecisionPlan
+
+KEPT = "mpdeploy.kept"
+"""Metadata of a node that stays FP32: its reasons."""
+PRECISION = "mpdeploy.precision"
+"""Metadata of a mixed model: its half format."""
+
+
+@dataclass
+class Prepared:
+    """An FP32 model, ready to be planned and rewritten.
+
+    Attributes:
+        model: what will be converted; computes what the original does.
+        index: of it.
+        notes: what was changed on the way, for the reader.
+        changed: whether anything was.
+    """
+
+    model: ir.Model
+    index: GraphIndex
+    notes: list[str] = field(default_factory=list)
+    changed: bool = False
+
+
+def prepare(model: ir.Model, half: HalfFormat) -> Prepared:
+    """Bring a model into the form that is planned on. The model given is changed.
+
+    Raises:
+        ModelError: a cycle, or functions that call themselves.
+    """
+    notes: list[str] = []
+    changed = False
+    if model.functions:
+        count = len(model.functions)
+        try:
+            InlinePass()(model)
+        except Exception as error:
+            raise ModelError(f"The model's local functions cannot be inlined: {error}") from error
+        notes.append(f"{count} local functions inlined, so that each call can have its own precision")
+        changed = True
+    sort_nodes(model)
+    NameValuesPass()(model)
+    clamp = ClampMasksPass(half)
+    changed |= clamp(model).modified
+    notes += clamp.clamped
+    index = GraphIndex.of(model)
+    missing = needs_raise(index, half)
+    if missing:
+        raiser = RaiseOpsetPass()
+        before = model.graph.opset_imports.get("")
+        if raiser(model).modified:
+            notes.append(
+                f"opset raised from {before} to {model.graph.opset_imports['']}: {', '.join(missing)} admit {half.name} there"
+            )
+            NameValuesPass()(model)
+            changed = True
+        else:
+            notes.append(f"opset stays {before} ({raiser.failure}): {', '.join(missing)} stay FP32")
+        index = GraphIndex.of(model)
+    RefreshShapesPass()(model)
+    index = GraphIndex.of(model)
+    return Prepared(model, index, notes, changed)
+
+
+def passes(assignment: Assignment) -> tuple[ir.passes.InPlacePass, ...]:
+    """What carries out a plan, in order."""
+    return (
+        RetypeAttributesPass(assignment),
+        ConvertConstantsPass(assignment),
+        InsertCastsPass(assignment),
+        RemoveNoOpCastsPass(),
+        DeclareTypesPass(),
+    )
+
+
+def rewrite(prepared: Prepared, plan: PrecisionPlan) -> ir.Model:
+    """Carry out a plan on a copy of a prepared model. Weights are shared until they are written."""
+    model = prepared.model.clone()
+    index = GraphIndex.of(model)
+    for node_id, reasons in plan.kept.items():  # the file itself says why; `mpdeploy inspect` reads it
+        index.nodes[node_id].metadata_props[KEPT] = "; ".join(map(str, reasons))
+    model.metadata_props[PRECISION] = plan.half.name
+    for each in passes(Assignment(index, plan)):
+        each(model)
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class PrecisionCount:
+    """What a mixed model holds.
+
+    Attributes:
+        nodes: all of them, in every body, casts included.
+        half_nodes: those that compute in half: casts between float types are not counted.
+        casts: Cast nodes between float types.
+        ops: op type -> precision -> count.
+    """
+
+    nodes: int
+    half_nodes: int
+    casts: int
+    ops: dict[str, dict[str, int]]
+
+
+_FLOATS = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.DOUBLE: "float64",
+}
+
+
+def count_precisions(model: ir.Model) -> PrecisionCount:
+    """Count nodes by the type of their first output (or input, for an op such as Shape or ArgMax whose output is no float)."""
+    index = GraphIndex.of(model)
+    ops: dict[str, dict[str, int]] = {}
+    nodes = half_nodes = casts = 0
+    for node in index.nodes.values():
+        nodes += 1
+        types = [index.dtypes.get(value) for value in (*node.outputs, *node.inputs) if value is not None]
+        is_cast = node.op_type == "Cast" and all(t in _FLOATS for t in types)
+        casts += is_cast
+        known = [t for t in types if t is not None]
+        kind = next((_FLOATS[t] for t in known if t in _FLOATS), known[0].name.lower() if known else "unknown")
+        half_nodes += kind in ("float16", "bfloat16") and not is_cast
+        by_kind = ops.setdefault(node.op_type, {})
+        by_kind[kind] = by_kind.get(kind, 0) + 1
+    return PrecisionCount(nodes, half_nodes, casts, {op: ops[op] for op in sorted(ops)})
+
+
+def num_nodes(model: ir.Model) -> int:
+    """Nodes in every graph of a model."""
+    return sum(len(graph) for graph in all_graphs(model.graph))
