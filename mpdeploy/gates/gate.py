@@ -1,0 +1,269 @@
+"""Deciding: gates and evidence in, verdicts and gate.json out. The same evidence gives the same bytes on any machine.
+
+Every gate must pass, so passing needs no correction for how many there are (intersection-union test); only the claim
+that some gate failed is corrected, by Holm's method.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpdeploy.config import Gate
+from mpdeploy.errors import ConfigError, closest_names
+from mpdeploy.gates.evidence import HARNESS_VERSION, Evidence, Place
+from mpdeploy.gates.finding import Finding, MetricRow
+from mpdeploy.gates.metrics import METRICS
+from mpdeploy.gates.sampled import paired_scores, score_name
+from mpdeploy.gates.schema import GATE_SCHEMA
+from mpdeploy.gates.verdict import SEVERITY, Verdict, VerdictName, format_count, format_number, overall, stable_json
+from mpdeploy.measure.paired import is_binary
+from mpdeploy.measure.statistics import CONFIDENCE, MIN_SAMPLES_P99, PairedCounts, holm, mcnemar_p_value, quantile
+
+__all__ = [
+    "GATE_SCHEMA",
+    "METRICS",
+    "SEVERITY",
+    "Verdict",
+    "VerdictName",
+    "decide",
+    "gate_json",
+    "mlperf_99",
+    "mlperf_999",
+    "not_applied",
+    "overall",
+]
+
+
+TRAINING_BASELINE = "fp32-reference"
+"""What `parity` is compared with; every later place is compared with `golden`."""
+
+
+def mlperf_99(at: str = "*") -> Gate:
+    """MLPerf inference's usual accuracy rule: at least 99 % of the FP32 model's score."""
+    return Gate(id="mlperf-99", metric="relative_score_drop", limit=0.01, at=at)
+
+
+def mlperf_999(at: str = "*") -> Gate:
+    """MLPerf inference's high-accuracy rule: at least 99.9 % of the FP32 model's score."""
+    return Gate(id="mlperf-99.9", metric="relative_score_drop", limit=0.001, at=at)
+
+
+def decide(gates: Iterable[Gate], evidence: Evidence) -> list[Verdict]:
+    """One verdict for each gate and each place that has what it asks for, in the order of gates, then of places.
+
+    A gate that finds its metric nowhere fails: a missing metric is never a pass. The one exception is a gate for a
+    precision that the run has no model of (see `not_applied`).
+
+    Raises:
+        ConfigError: a gate names a metric that does not exist.
+    """
+    verdicts: list[Verdict] = []
+    for gate in gates:
+        if gate.metric not in METRICS:
+            raise ConfigError(
+                f"Gate '{gate.id}' names the metric '{gate.metric}', which does not exist.",
+                hint=f"closest names: {closest_names(gate.metric, METRICS)}",
+            )
+        row = METRICS[gate.metric]
+        found = [verdict for place in _places(gate, evidence) if (verdict := _verdict(gate, row, place)) is not None]
+        if not found and not _has_no_such_precision(gate, evidence):
+            found = [_nowhere(gate, evidence)]
+        verdicts += found
+    return verdicts + [_empty(place) for place in evidence.places.values() if _is_empty(place)]
+
+
+def not_applied(gates: Iterable[Gate], evidence: Evidence) -> list[dict[str, str]]:
+    """Gates for a precision that no model of this run has: they forbid nothing here, and the record says so."""
+    return [
+        {"id": gate.id, "reason": f"no place of this run has a model in {gate.precision}"}
+        for gate in gates
+        if _has_no_such_precision(gate, evidence)
+    ]
+
+
+def gate_json(
+    verdicts: Sequence[Verdict], evidence: Evidence, pipeline_name: str, gates: Iterable[Gate] = ()
+) -> dict[str, Any]:
+    """All of gate.json, see `GATE_SCHEMA`. It holds no times: deciding again gives the same bytes.
+
+    Args:
+        verdicts: from `decide`.
+        evidence: what they rest on.
+        pipeline_name: of the run.
+        gates: those that were decided, to list the ones that did not apply.
+    """
+    undecided = [verdict for verdict in verdicts if verdict.verdict == "inconclusive" and not verdict.advisory]
+    needed = [verdict.samples_to_decide for verdict in undecided]
+    value: dict[str, Any] = stable_json(
+        {
+            "schema": 1,
+            "harness": HARNESS_VERSION,
+            "pipeline": pipeline_name,
+            "verdict": overall(verdicts),
+            "unvalidated": [at for at, place in evidence.places.items() if place.status != "measured"],
+            "verdicts": [verdict.to_json() for verdict in verdicts],
+            "not_applied": not_applied(gates, evidence),
+            "failure_claim": _failure_claim(verdicts),
+            "samples_to_decide": max((count for count in needed if count is not None), default=None),
+            "places": {at: _place_json(place) for at, place in evidence.places.items()},
+            "digests": dict(evidence.digests),
+            "environment": dict(evidence.environment),
+        }
+    )
+    return value
+
+
+# -- one gate at one place ---------------------------------------------------------------------------------------------
+
+
+def _places(gate: Gate, evidence: Evidence) -> list[Place]:
+    return [
+        place
+        for at, place in evidence.places.items()
+        if fnmatch.fnmatchcase(at, gate.at) and gate.precision in (None, place.precision)
+    ]
+
+
+def _has_no_such_precision(gate: Gate, evidence: Evidence) -> bool:
+    if gate.precision is None:
+        return False
+    # A trained model that is compared with its FP32 twin (`parity`) is not yet a model that ships in that precision.
+    of_precision = [place for place in _places(gate, evidence) if place.baseline != TRAINING_BASELINE]
+    return not of_precision and bool(_places(gate.model_copy(update={"precision": None}), evidence))
+
+
+def _verdict(gate: Gate, row: MetricRow, place: Place) -> Verdict | None:
+    if place.status != "measured" and row.needs_run:
+        reason = str(place.notes.get("unvalidated", "it was built here and cannot run here"))
+        message = f"{gate.metric} on `{place.at}`: unvalidated, {reason}"
+        return Verdict(gate.id, place.at, gate.metric, "unvalidated", None, gate.limit, None, 0, message, gate.advisory)
+    finding = row.find(place, gate.limit)
+    if finding is None:
+        return None
+    verdict = _decision(row, finding, gate.limit)
+    return Verdict(
+        id=gate.id,
+        at=place.at,
+        metric=gate.metric,
+        verdict=verdict,
+        measured=finding.measured,
+        limit=gate.limit,
+        interval=finding.interval,
+        num_samples=finding.num_samples,
+        message=_message(gate, finding, place.at, verdict),
+        advisory=gate.advisory,
+        samples_to_decide=finding.samples_to_decide if verdict == "inconclusive" else None,
+        p_value=finding.p_value,
+    )
+
+
+def _decision(row: MetricRow, finding: Finding, limit: float) -> VerdictName:
+    if math.isnan(finding.measured):
+        return "fail"
+    if finding.decision is not None:
+        return finding.decision
+    kept = finding.measured <= limit if row.limit_is == "largest" else finding.measured >= limit
+    return "pass" if kept else "fail"
+
+
+def _message(gate: Gate, finding: Finding, at: str, verdict: VerdictName) -> str:
+    text = finding.text or f"{format_number(finding.measured)} against a limit of {format_number(gate.limit)}"
+    needed = ""
+    if verdict == "inconclusive" and finding.samples_to_decide is not None:
+        needed = f", ~{format_count(finding.samples_to_decide)} samples would decide"
+    detail = f" ({finding.detail})" if finding.detail else ""
+    return f"{finding.name or gate.metric} on `{at}`: {text}: {verdict}{needed}{detail}"
+
+
+def _nowhere(gate: Gate, evidence: Evidence) -> Verdict:
+    matched = [place.at for place in _places(gate, evidence)]
+    if matched:
+        reason = f"was measured at none of {', '.join(matched)}"
+    else:
+        reason = f"applies nowhere: the places of this run are {', '.join(evidence.places) or 'none'}"
+    message = f"{gate.metric} on `{gate.at}`: {reason}: fail (a missing metric is never a pass)"
+    return Verdict(gate.id, gate.at, gate.metric, "fail", None, gate.limit, None, 0, message, gate.advisory)
+
+
+def _is_empty(place: Place) -> bool:
+    return place.status == "measured" and not place.facts and not any(len(array) for array in place.arrays.values())
+
+
+def _empty(place: Place) -> Verdict:
+    message = f"`{place.at}` is listed as measured and its evidence holds no number: fail"
+    return Verdict("measured", place.at, "num_numbers", "fail", 0.0, 1.0, None, 0, message)
+
+
+# -- gate.json ---------------------------------------------------------------------------------------------------------
+
+
+def _failure_claim(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What may be claimed of the gates that failed on a sample, when so many were looked at."""
+    sampled = [verdict for verdict in verdicts if verdict.p_value is not None and not verdict.advisory]
+    adjusted = holm({f"{verdict.id} on {verdict.at}": float(verdict.p_value or 0.0) for verdict in sampled})
+    failed = [f"{verdict.id} on {verdict.at}" for verdict in sampled if verdict.verdict == "fail"]
+    kept = [name for name in failed if adjusted[name] < 1.0 - CONFIDENCE]
+    if failed:
+        still = ", ".join(kept) if kept else "none of them"
+        statement = (
+            f"{len(failed)} of {len(sampled)} gates on sampled numbers failed, each at 95 %; "
+            f"claimed jointly (Holm): {still}."
+        )
+    else:
+        statement = f"None of {len(sampled)} gates on sampled numbers failed."
+    return {
+        "num_sampled": len(sampled),
+        "num_failed": len(failed),
+        "num_failed_corrected": len(kept),
+        "adjusted_p_values": {name: adjusted[name] for name in failed},
+        "statement": statement,
+    }
+
+
+def _place_json(place: Place) -> dict[str, Any]:
+    """A place's numbers in short, for renderers that have no evidence at hand."""
+    value: dict[str, Any] = {
+        "precision": place.precision,
+        "stage": place.stage,
+        "baseline": place.baseline,
+        "status": place.status,
+        "digests": dict(place.digests),
+        "notes": dict(place.notes),
+        "facts": dict(place.facts),
+    }
+    try:
+        drift = place.drift
+        if drift is not None:
+            value["drift"] = drift.to_json()["outputs"]
+    except (KeyError, ValueError):
+        value["drift"] = {}  # its gates say what is wrong with it
+    scores = paired_scores(place)
+    if isinstance(scores, tuple):
+        baseline, here = scores
+        binary = is_binary(baseline) and is_binary(here)
+        value["scores"] = {
+            "metric": score_name(place),
+            "mean": float(here.mean()),
+            "baseline_mean": float(baseline.mean()),
+            "num_samples": len(here),
+            "num_lost": int((here < baseline).sum()),
+            "num_gained": int((here > baseline).sum()),
+            "mcnemar_p_value": mcnemar_p_value(PairedCounts.of(baseline, here)) if binary else None,
+        }
+    flips = METRICS["flips"].find(place, math.inf)
+    if flips is not None and math.isfinite(flips.measured):
+        value["flips"] = {"count": round(flips.measured * flips.num_samples), "share": flips.measured}
+    a, b = (place.arrays.get(f"latency_{side}_ms") for side in "ab")
+    if a is not None and b is not None and len(a) and len(b):
+        value["latency"] = {
+            "median_ms": float(np.median(b)),
+            "baseline_median_ms": float(np.median(a)),
+            "p99_ms": quantile(b, 0.99) if len(b) >= MIN_SAMPLES_P99 else None,
+            "num_samples": len(b),
+        }
+    return value

@@ -1,0 +1,1 @@
+"""Measuring: drift, accuracy, latency and the statistics of both. Pure; knows the Runner protocol and no engine."""
