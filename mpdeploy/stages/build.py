@@ -1,0 +1,117 @@
+"""40-build/ENGINE: the model in the precision that the engine takes here -> an engine, audited against the plan."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from mpdeploy.artifact import FileArtifact, OnnxModel
+from mpdeploy.engines import backend
+from mpdeploy.engines.base import Audit, default_profile
+from mpdeploy.environment import package_version
+from mpdeploy.errors import UnavailableError
+from mpdeploy.pipeline import Context, Outcome
+
+HALF = ("fp16", "bf16")
+
+
+class BuildStage:
+    """See the module's docstring."""
+
+    def __init__(self, engine: str, *, asked_for: bool) -> None:
+        self.engine = engine
+        self.name = f"40-build/{engine}"
+        self.isolated = True
+        self._asked_for = asked_for
+
+    def _source(self, context: Context) -> tuple[str, OnnxModel | None]:
+        precision = backend(self.engine).takes()
+        stage, name = ("20-export", "model") if precision == "fp32" else ("30-convert", precision)
+        record = context.run.record(stage)
+        found = record.artifacts.get(name) if record else None
+        return precision, found if isinstance(found, OnnxModel) else None
+
+    def key(self, context: Context) -> dict[str, Any]:
+        """The model, the build's config and the library's version, or why it is not available."""
+        missing = backend(self.engine).available()
+        if missing is not None:
+            return {"unavailable": missing.reason}
+        precision, model = self._source(context)
+        return {
+            "precision": precision,
+            "model": model.sha256 if model else None,
+            "profile": list(context.pipeline.build.profile),
+            "versions": {
+                name: found
+                for name in (
+                    "onnxruntime",
+                    "onnxruntime-gpu",
+                    "openvino",
+                    "tensorrt-cu13",
+                    "tensorrt-rtx-cu13-bindings",
+                    "mpdeploy",
+                )  # fmt: skip
+                if (found := package_version(name)) and _concerns(self.engine, name)
+            },
+        }
+
+    def run(self, context: Context) -> Outcome:
+        """Build and audit."""
+        engine_backend = backend(self.engine)
+        missing = engine_backend.available()
+        if missing is not None:
+            if self._asked_for:
+                raise UnavailableError(f"The engine '{self.engine}' was asked for: {missing.reason}", hint=missing.hint)
+            return Outcome(status="unavailable", message=missing.reason, hint=missing.hint)
+        precision, _ = self._source(context)
+        stage, name = ("20-export", "model") if precision == "fp32" else ("30-convert", precision)
+        model = context.run.artifact(stage, name)
+        assert isinstance(model, OnnxModel)
+        folder = context.run.folder(self.name)
+        context.progress(0, 0, f"building from the {precision} model")
+        profile = default_profile(model.inputs, context.pipeline.build.profile, {})
+        engine = engine_backend.build(model, profile, {}, folder)
+        audit = engine_backend.audit(engine)
+        plan_record = context.run.record("30-convert")
+        plan = {}
+        if precision in HALF and plan_record is not None:
+            plan = json.loads(context.run.artifact("30-convert", f"plan.{precision}").path.read_text(encoding="utf-8"))
+        cannot_run = engine_backend.can_run()
+        report = {
+            "precision": precision,
+            "audit": audit_report(audit, plan),
+            "bytes": sum(file.stat().st_size for file in folder.glob("engine.*") if file.suffix != ".json"),
+            "cannot_run_here": None if cannot_run is None else {"reason": cannot_run.reason, "hint": cannot_run.hint},
+        }
+        artifacts: dict[str, FileArtifact] = {"engine": engine, "sidecar": FileArtifact.of(folder / "engine.json")}
+        return Outcome(artifacts, report)
+
+
+def _concerns(engine: str, package: str) -> bool:
+    return package == "mpdeploy" or package.split("-cu13")[0].removesuffix("-gpu") == engine
+
+
+def audit_report(audit: Audit, plan: dict[str, Any]) -> dict[str, Any]:
+    """The audit against the plan: kept nodes that run in half (a fault), half nodes that run in FP32 (a finding).
+
+    An engine of the FP32 model has no plan: no node of it may be in half, and none should be.
+    """
+    found = audit.of_nodes()
+    counts = audit.count_by_precision()
+    if not plan:
+        in_half = [layer.name for layer in audit.layers if layer.precision in HALF]
+        return {
+            "source": audit.source,
+            "realised": audit.realised,
+            "layers": counts,
+            "kept_in_half": in_half,
+            "half_in_fp32": [],
+        }
+    kept = [entry["node"] for entry in plan["keep"]]
+    return {
+        "source": audit.source,
+        "realised": audit.realised,
+        "layers": counts,
+        "kept_in_half": [node for node in kept if found.get(node) in HALF],
+        "half_in_fp32": [node for node in plan["half"] if found.get(node) in ("fp32", "tf32")],
+    }

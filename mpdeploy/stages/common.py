@@ -1,0 +1,48 @@
+"""What several stages need: the user's splits, digests of folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpdeploy.config import Pipeline
+from mpdeploy.errors import ConfigError
+from mpdeploy.files import digest_of_json
+from mpdeploy.user_code import user_call
+
+if TYPE_CHECKING:
+    from mpdeploy.train.splits import Splits
+
+
+def load_splits(pipeline: Pipeline) -> Splits:
+    """Call the pipeline's data function.
+
+    Raises:
+        UserCodeError: it raised.
+        ConfigError: it returned something else than Splits.
+    """
+    from mpdeploy.train.splits import Splits
+
+    found = user_call(pipeline.data.load, pipeline.data)
+    if not isinstance(found, Splits):
+        raise ConfigError(f"data.load returned {type(found).__name__}, expected mpdeploy.train.splits.Splits.")
+    return found
+
+
+def folder_digest(folder: str | None) -> str | None:
+    """Digest of a folder's listing: names, sizes and times of modification; None where there is no folder.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if folder is None:
+        return None
+    path = Path(folder)
+    if not path.is_dir():
+        raise ConfigError(f"data.folder={folder} is not a folder.", hint="give the folder that holds the data files")
+    listing = [
+        [str(item.relative_to(path)), item.stat().st_size, item.stat().st_mtime_ns]
+        for item in sorted(path.rglob("*"))
+        if item.is_file()
+    ]
+    return digest_of_json(listing)[:16]

@@ -1,0 +1,57 @@
+"""Checkpoints: weights as safetensors, the rest of the state in a file that loads with `weights_only=True`; both atomic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpdeploy.errors import MissingExtraError, StageFailedError
+from mpdeploy.files import atomic_path
+
+
+def save_weights(model: nn.Module, path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write all parameters and buffers as FP32 (and integer buffers as they are) safetensors."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise MissingExtraError.for_extra("safetensors", "train") from error
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load what `save_weights` wrote into a model of the same form.
+
+    Raises:
+        StageFailedError: names or shapes differ.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        model.load_state_dict(load_file(path), strict=True)
+    except RuntimeError as error:
+        raise StageFailedError(
+            f"The checkpoint {path} does not fit the model: {error}",
+            hint="the model in the pipeline file changed: train again",
+        ) from error
+
+
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """Write a state of tensors, numbers, texts and containers of them."""
+    with atomic_path(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_state(path: Path) -> dict[str, Any] | None:
+    """Read what `save_state` wrote; None where there is none or it cannot be read (then training starts over)."""
+    if not path.is_file():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, OSError):
+        return None
+    return state if isinstance(state, dict) else None
