@@ -1,0 +1,104 @@
+"""`mpdeploy convert MODEL.onnx`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mpdeploy.cli.common import Json, OptionalData, console, emit, number, table
+
+
+def convert(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="An FP32 ONNX model.")],
+    data: OptionalData = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--keep", metavar="PATTERN|@FILE", help="Nodes that stay FP32: name, glob, op:TYPE, scope:MODULE, @FILE."
+        ),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="fp16 or bf16.")] = "fp16",
+    max_drift: Annotated[
+        float | None,
+        typer.Option(metavar="REL_L2", help="Largest emulated relative L2 drift; above it: exit 10, no file."),
+    ] = None,
+    keep_io: Annotated[bool, typer.Option("--keep-io", help="All inputs and outputs stay FP32.")] = False,
+    keep_io_name: Annotated[
+        list[str] | None, typer.Option("--keep-io-name", metavar="NAME", help="This input or output stays FP32.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="OUT.onnx", help="Default: MODEL.fp16.onnx beside MODEL.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", metavar="DIR", help="Also keep model, plan and record in a run directory.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rewrite an FP32 model into strictly typed mixed precision, and measure its drift as half hardware would show it."""
+    from mpdeploy.conversion import convert as run_conversion
+    from mpdeploy.conversion import record_conversion
+    from mpdeploy.errors import UsageError
+
+    if precision not in ("fp16", "bf16"):
+        raise UsageError(f"--precision {precision}: there is no such half precision.", hint="give fp16 or bf16")
+    target = output or (
+        run / "30-convert" / f"model.{precision}.onnx" if run else model.with_suffix(f".{precision}.onnx")
+    )
+    err = console()
+    with err.status("") as status:
+        done = run_conversion(
+            model, data=data, keep=keep or (), precision=precision, keep_io=keep_io,  # type: ignore[arg-type]
+            keep_io_names=keep_io_name or (), output=target, max_drift=max_drift,
+            progress=lambda text: status.update(f"{model.name}: {text}"),
+        )  # fmt: skip
+    if run is not None:
+        record_conversion(run, model, done)
+    for warning in done.warnings:
+        err.print(f"[yellow]warning:[/] {warning}")
+    document = done.to_json()
+    if as_json:
+        emit(document)
+    else:
+        _show(document)
+
+
+def _show(document: dict[str, Any]) -> None:
+    out = console(stderr=False)
+    out.print(
+        f"{document['output']}: {document['half_nodes']} of {document['nodes']} nodes in {document['precision']}, "
+        f"{len(document['kept'])} kept in FP32, {document['casts']} casts, {document['seconds']:.2g} s"
+    )
+    for note in document["notes"]:
+        out.print(f"note: {note}", markup=False)
+    if document["kept"]:
+        rows = table("kept in FP32", "op", "why")
+        for entry in document["kept"][:40]:
+            rows.add_row(entry["node"], entry["op"], entry["reason"])
+        out.print(rows)
+        if len(document["kept"]) > 40:
+            out.print(f"... and {len(document['kept']) - 40} more: mpdeploy inspect {document['output']}")
+    if document["drift"] is not None:
+        rows = table(
+            "emulated drift of",
+            "rel_l2",
+            "max_abs",
+            "cosine",
+            "non-finite",
+            right=("rel_l2", "max_abs", "cosine", "non-finite"),
+        )
+        for name, drift in document["drift"].items():
+            rows.add_row(
+                name,
+                number(drift["rel_l2"]),
+                number(drift["max_abs"]),
+                f"{drift['cosine']:.6f}",
+                str(drift["num_nonfinite"]),
+            )
+        out.print(rows)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("convert")(convert)

@@ -1,0 +1,46 @@
+"""`mpdeploy doctor`."""
+
+from __future__ import annotations
+
+import typer
+
+from mpdeploy.cli.common import Json, console, emit, table
+
+
+def doctor(as_json: Json = False) -> None:
+    """Hardware, versions, engines that really work here, and what would add the others."""
+    from mpdeploy.doctor import examine
+
+    found = examine()
+    if as_json:
+        emit(found)
+        return
+    out = console(stderr=False)
+    machine = found["environment"]
+    out.print(f"{machine['os']}, Python {machine['python']}", markup=False)
+    half = ", ".join(machine["cpu_half"]) or "no half-precision units"
+    out.print(f"CPU: {machine['cpu']}, {machine['cores']} cores ({half})", markup=False)
+    for gpu in machine["gpus"] or [{"name": "none"}]:
+        out.print(f"GPU: {', '.join(gpu.values())}", markup=False)
+    rows = table("engine", "builds", "runs", "takes", "what is missing, and what to do")
+    for name, state in found["engines"].items():
+        missing = f"{state['reason']} {state['hint']}" if state["reason"] else ""
+        rows.add_row(name, _tick(state["builds"]), _tick(state["runs"]), state.get("takes", ""), missing)
+    out.print(rows)
+    for provider, state in found["providers"].items():
+        out.print(f"ONNX Runtime {provider}: {state}", markup=False)
+    rows = table("extra", "missing packages", "install")
+    for extra, missing in found["extras"].items():
+        rows.add_row(extra, ", ".join(missing) or "-", f"pip install 'mpdeploy\\[{extra}]'" if missing else "")
+    out.print(rows)
+    for warning in found["warnings"]:
+        out.print(f"[yellow]warning:[/] {warning}")
+
+
+def _tick(value: bool) -> str:
+    return "[green]yes[/]" if value else "[red]no[/]"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("doctor")(doctor)

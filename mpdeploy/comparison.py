@@ -1,0 +1,87 @@
+"""Two models or engines side by side: how far their answers lie apart, and how long each takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpdeploy.building import describe_model, fitted, is_engine, open_runner
+from mpdeploy.data_files import FeedSet, load_feeds
+from mpdeploy.measure.drift import DriftMeter, DriftReport
+from mpdeploy.measure.latency import LatencyReport, LatencySamples, measure_one, measure_pair
+
+BLIND = (
+    "ONNX Runtime's CPU provider computes FP16 and BF16 nodes in FP32 and drops the casts between them: overflow and "
+    "underflow do not show. This number is not to be believed; use --emulate."
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Drift of a candidate against a reference, and what a reader must know about it."""
+
+    drift: DriftReport
+    num_samples: int
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """What `compare --json` prints."""
+        return self.drift.to_json() | {"num_samples": self.num_samples, "warnings": list(self.warnings)}
+
+
+def compare(
+    reference: Path, candidate: Path, *, data: str | FeedSet, emulate: bool = False, engine: str | None = None
+) -> Comparison:
+    """Drift of `candidate` against `reference` on the samples of `data`.
+
+    Args:
+        reference: an ONNX file (run in ONNX Runtime) or a built engine.
+        candidate: likewise.
+        data: see `data_files`.
+        emulate: round the candidate's half tensors as half hardware would.
+        engine: run the candidate, an ONNX file, in this engine.
+
+    Raises:
+        ModelError, DataError, UnavailableError, BuildError.
+    """
+    warnings: list[str] = []
+    if not is_engine(candidate) and not emulate and engine in (None, "onnxruntime"):
+        half = describe_model(candidate).precision
+        if half != "fp32":
+            from mpdeploy.engines.onnxruntime import loads_cuda
+
+            if engine is None or loads_cuda() is not None:
+                warnings.append(f"{candidate.name} is a {half} model. {BLIND}")
+    meter, count = DriftMeter(), 0
+    with open_runner(reference) as golden, open_runner(candidate, engine=engine, emulate=emulate) as found:
+        feeds = data if isinstance(data, FeedSet) else load_feeds(data, golden.inputs, where=str(reference))
+        for feed in feeds:
+            expected = golden.infer(feed)
+            answers = found.infer(fitted(feed, found.inputs))
+            samples = feeds.samples_in(feed)
+            split = bool(feeds.batched) and all(array.ndim and len(array) == samples for array in expected.values())
+            meter.add(expected, {name: answers[name] for name in answers}, split=split)
+            count += samples
+    return Comparison(meter.report(), count, tuple(warnings))
+
+
+def bench(
+    a: Path, b: Path | None = None, *, data: str, engine: str | None = None, num_samples: int = 300
+) -> LatencySamples | LatencyReport:
+    """Latency of `a` on the first feed of `data`; with `b`, both interleaved, as a ratio b / a.
+
+    Args:
+        a: an ONNX file or a built engine.
+        b: likewise; or None.
+        data: see `data_files`.
+        engine: run ONNX files in this engine instead of ONNX Runtime; with `b`, only `b`.
+        num_samples: timed calls of each.
+    """
+    if b is None:
+        with open_runner(a, engine=engine) as runner:
+            feeds = load_feeds(data, runner.inputs, where=str(a))
+            return measure_one(runner, feeds.feeds[0], num_samples)
+    with open_runner(a) as first, open_runner(b, engine=engine) as second:
+        feed = load_feeds(data, first.inputs, where=str(a)).feeds[0]
+        return measure_pair(first, second, feed, num_samples, feeds_b=fitted(feed, second.inputs))
