@@ -50,7 +50,7 @@ def mlperf_99(at: str = "*") -> Gate:
 
 def mlperf_999(at: str = "*") -> Gate:
     """MLPerf inference's high-accuracy rule: at least 99.9 % of the FP32 model's score."""
-    return Gate(id="mlperf-99.9", metric="relative_score_drop", limit=0.001, at=at)
+    return Gate(id="mlperf-999", metric="relative_score_drop", limit=0.001, at=at)
 
 
 def decide(gates: Iterable[Gate], evidence: Evidence) -> list[Verdict]:

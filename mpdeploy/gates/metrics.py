@@ -77,8 +77,10 @@ def _worst_sample_rel_l2(place: Place, limit: float) -> Finding | None:
 
 def _num_nonfinite(place: Place, limit: float) -> Finding | None:
     found = _per_output(place, lambda drift: float(drift.num_nonfinite.sum()), math.fsum)
-    if found is None or not found.measured > 0:
+    if found is None or math.isnan(found.measured):
         return found
+    if found.measured == 0.0:
+        return replace(found, detail="")
     counts = [
         array for key, array in place.arrays.items() if key.startswith("drift/") and key.endswith("/num_nonfinite")
     ]

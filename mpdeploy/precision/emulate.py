@@ -46,6 +46,9 @@ class _Emulation:
             value.type = ir.TensorType(FLOAT)
             if self._is_rounded_here(value):
                 self._round(value, dtype)
+        if self.model.graph.opset_imports.get("") == 22:
+            # Opset 22 only widened type constraints (BF16); ONNX Runtime lacks FP32 kernels of some ops at that version.
+            self.model.graph.opset_imports[""] = 21
 
     def _widen_attributes(self, node: ir.Node) -> None:
         """Types named in attributes become FP32; a Cast to half becomes one to FP32, and its output is rounded like any other."""
@@ -63,7 +66,7 @@ class _Emulation:
                 node.attributes[name] = ir.AttrInt64(name, int(FLOAT))
 
     def _is_rounded_here(self, value: ir.Value) -> bool:
-        if constant_tensor(value) is not None:
+        if constant_tensor(value) is not None or not value.name:  # a nameless output is one that nobody asked for
             return False
         node = value.producer()
         if node is None:

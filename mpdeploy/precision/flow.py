@@ -150,7 +150,7 @@ def build_flow(
             if index.is_float(value):
                 edge(value, unit_of[node], always_float=position not in ports[node][1])
     for given in index.model.graph.inputs:
-        if index.is_float(given) and given.const_value is None:
+        if index.is_float(given) and not index.is_constant(given):
             key = f"input:{given.name}"
             edge(given, flow.add(Unit(key, gain=2.0 * size_of(given), fixed=float_io(given.name or ""))))
 

@@ -47,6 +47,8 @@ class GraphIndex:
         id_of: node -> id.
         owner: body -> the node that owns it (absent for the main graph).
         dtypes: value -> element type of the tensor it holds; absent where that is not known or it holds no tensor.
+        containers: values that hold a sequence, an optional or a map.
+        elements: container -> element type of the tensors in it, where known.
     """
 
     model: ir.Model
@@ -55,6 +57,7 @@ class GraphIndex:
     owner: dict[ir.Graph, ir.Node] = field(default_factory=dict)
     dtypes: dict[ir.Value, ir.DataType] = field(default_factory=dict)
     containers: set[ir.Value] = field(default_factory=set)
+    elements: dict[ir.Value, ir.DataType] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ir.Model) -> GraphIndex:
@@ -82,9 +85,13 @@ class GraphIndex:
         return value is not None and self.dtypes.get(value) == FLOAT
 
     def is_constant(self, value: ir.Value) -> bool:
-        """Whether its content is known: an initialiser, or the output of a Constant node."""
+        """Whether its content is known: an initialiser, or the output of a Constant node.
+
+        From IR version 4 on, an initialiser that is a graph input too is a default that callers may override: no constant.
+        """
         if value.is_initializer():
-            return value.const_value is not None
+            overridable = value.is_graph_input() and (self.model.ir_version or 4) >= 4
+            return value.const_value is not None and not overridable
         node = value.producer()
         return node is not None and node.op_type == "Constant" and node.domain in ("", "ai.onnx")
 
@@ -112,20 +119,59 @@ class GraphIndex:
             for _, body in bodies(node):
                 self._infer(body)
             for position, value in enumerate(node.outputs):
+                if self._is_container(node, position, value):
+                    self.containers.add(value)
+                    element = self._element_dtype(node, position)
+                    if element is not None:
+                        self.elements[value] = element
+                    continue
                 dtype = self._output_dtype(node, position)
                 if dtype is None:
                     self._declare(value)
                 else:
                     self.dtypes[value] = dtype
-                    if isinstance(value.type, ir.SequenceType | ir.OptionalType):
-                        self._declare(value)
 
     def _declare(self, value: ir.Value) -> None:
         if isinstance(value.type, ir.TensorType) and value.type.dtype != ir.DataType.UNDEFINED:
             self.dtypes[value] = value.type.dtype
-        elif value.type is not None:
+        elif isinstance(value.type, ir.SequenceType | ir.OptionalType):
             self.containers.add(value)
-            self.dtypes.pop(value, None)
+            self.elements[value] = value.type.dtype
+
+    def _is_container(self, node: ir.Node, position: int, value: ir.Value) -> bool:
+        """Whether an output is no tensor: by its schema, by the body it comes from, or as declared where both are possible."""
+        if node.op_type in CONTROL_FLOW:
+            return any(
+                0 <= place < len(body.outputs) and body.outputs[place] in self.containers
+                for _, body in bodies(node)
+                for place in [position + 1 if node.op_type == "Loop" else position]
+            )
+        form = self.signature(node)
+        wanted = form.output_type(position) if form is not None else None
+        if form is None or wanted is None:
+            return isinstance(value.type, ir.SequenceType | ir.OptionalType)
+        admitted = form.admitted.get(wanted, frozenset({wanted}))
+        if all(name.startswith(("seq(", "optional(", "map(")) for name in admitted):
+            return True
+        if all(name.startswith("tensor(") for name in admitted):
+            return False
+        same = [v for i, v in enumerate(node.inputs) if v is not None and form.input_type(i) == wanted]
+        return any(v in self.containers for v in same) or isinstance(value.type, ir.SequenceType | ir.OptionalType)
+
+    def _element_dtype(self, node: ir.Node, position: int) -> ir.DataType | None:
+        """What a container that a node makes holds: what went into it."""
+        if node.op_type in CONTROL_FLOW:
+            place = position + 1 if node.op_type == "Loop" else position
+            made = [self.elements.get(body.outputs[place]) for _, body in bodies(node) if place < len(body.outputs)]
+            return next((element for element in made if element is not None), None)
+        attribute = node.attributes.get("dtype")
+        if node.op_type == "SequenceEmpty":
+            return ir.DataType(attribute.as_int()) if attribute is not None else FLOAT
+        for value in (*node.inputs, *(v for _, body in bodies(node) for v in body.outputs)):
+            found = None if value is None else self.elements.get(value, self.dtypes.get(value))
+            if found is not None:
+                return found
+        return None
 
     def _output_dtype(self, node: ir.Node, position: int) -> ir.DataType | None:
         if node.op_type == "Constant":
@@ -158,6 +204,9 @@ class GraphIndex:
         admitted = form.admitted.get(wanted, frozenset())
         if len(admitted) == 1:
             return _DTYPE_OF_STRING.get(next(iter(admitted)))
+        for value in node.inputs:  # SequenceAt, ConcatFromSequence, OptionalGetElement: what the container holds
+            if value is not None and value in self.elements:
+                return self.elements[value]
         if node.op_type == "QuantizeLinear":
             zero = node.inputs[2] if len(node.inputs) > 2 else None
             return ir.DataType.UINT8 if zero is None else self.dtypes.get(zero)

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnx_ir as ir
 
 from mpdeploy.artifact import TensorSpec
@@ -28,7 +30,7 @@ def load_model(path: Path) -> ir.Model:
     if not path.is_file():
         raise ModelError(f"There is no model file {path}.", hint="check the path")
     try:
-        model = ir.load(path)
+        model = _load(path)
     except Exception as error:  # protobuf and the deserialiser raise a dozen types for a file that is not ONNX
         text = " ".join(str(error).split())[:300]
         raise ModelError(
@@ -45,6 +47,38 @@ def load_model(path: Path) -> ir.Model:
         )
     _check_external_data(model, path)
     return model
+
+
+def _load(path: Path) -> ir.Model:
+    try:
+        return ir.load(path)
+    except Exception:
+        # onnx_ir 1.1 reads no sparse constants: make them dense, where that is what it stumbled over
+        proto = onnx.load(path, load_external_data=False)
+        if not _densify(proto.graph):
+            raise
+        onnx.external_data_helper.load_external_data_for_model(proto, str(path.parent))
+        return ir.from_proto(proto)
+
+
+def _densify(graph: onnx.GraphProto) -> bool:
+    found = False
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.SPARSE_TENSOR:
+                sparse = attribute.sparse_tensor
+                values = onnx.numpy_helper.to_array(sparse.values)
+                indices = onnx.numpy_helper.to_array(sparse.indices)
+                dense = np.zeros(tuple(sparse.dims), values.dtype)
+                if indices.ndim == 1:
+                    dense.reshape(-1)[indices] = values
+                else:
+                    dense[tuple(indices.T)] = values
+                attribute.CopyFrom(onnx.helper.make_attribute("value", onnx.numpy_helper.from_array(dense)))
+                found = True
+            elif attribute.type == onnx.AttributeProto.GRAPH:
+                found |= _densify(attribute.g)
+    return found
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:

@@ -47,6 +47,7 @@ OP_RULES: tuple[OpRule, ...] = (
     OpRule("RoiAlign", keep=True, reason="regions are coordinates: integers above 2048 are not exact in FP16"),
     OpRule("GridSample", keep=True, reason="its grid holds coordinates: FP16 moves them by pixels"),
     OpRule("AffineGrid", keep=True, reason="its values are coordinates"),
+    OpRule("EyeLike", keep=True, reason="no half kernel in ONNX Runtime, and nothing to gain"),
     OpRule("Det", keep=True, reason="a determinant cancels: TensorRT and ONNX Runtime have no half kernel"),
     OpRule("STFT", keep=True, reason="no half kernel in ONNX Runtime"),
     OpRule("DFT", keep=True, reason="no half kernel in ONNX Runtime, and its sums are as long as the signal"),

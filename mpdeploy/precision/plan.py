@@ -175,6 +175,9 @@ def _reasons_of_op(index: GraphIndex, node: ir.Node, half: HalfFormat) -> list[R
     rule = RULE_OF_OP.get(node.op_type)
     if rule is not None and rule.keep and node.domain in ("", "ai.onnx"):
         return [Reason("op", rule.reason)]
+    unknown = [v.name for v in node.inputs if v is not None and v not in index.dtypes]
+    if unknown:
+        return [Reason("schema", f"the type of '{unknown[0]}' is not known: it comes out of an op that ONNX does not define")]
     if not any(half_ports(index, node, half)):
         return [Reason("schema", f"{node.op_type}-{form.since_version} has no {half.onnx.name} form in ONNX")]
     return []
@@ -184,6 +187,10 @@ def _keep_for_constants(index: GraphIndex, half: HalfFormat, reasons: dict[str, 
     faults: dict[ir.Value, ConstantFault | None] = {}
     for node_id, found in reasons.items():
         node = index.nodes[node_id]
+        fill = node.attributes.get("value") if node.op_type == "ConstantOfShape" else None
+        fault = None if fill is None else examine(fill.as_tensor(), half)
+        if fault is not None:
+            found.append(Reason("constant", f"its fill value: {fault.text}"))
         inputs, _ = half_ports(index, node, half)
         for position in sorted(inputs):
             value = node.inputs[position]

@@ -44,6 +44,7 @@ def render_html(
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["code"] = _code
     return environment.get_template(TEMPLATE).render(
         gate=gate,
         symbol=SYMBOLS[gate["verdict"]],
@@ -76,6 +77,18 @@ def write_html(
 ) -> None:
     """Write the page, atomically."""
     write_text(path, render_html(run_dir, gate, plans=plans, golden=golden))
+
+
+def _code(text: str) -> Any:
+    """Text with its `backticked` parts as code, safely."""
+    from markupsafe import Markup, escape
+
+    parts = [escape(part) for part in text.split("`")]
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if index % 2 else part for index, part in enumerate(parts)
+    )
 
 
 def _evidence(run_dir: RunDir) -> tuple[Evidence | None, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mpdeploy.files import write_text
 from mpdeploy.gates.verdict import format_number
-from mpdeploy.report.reading import SYMBOLS, Json, headline, number, worst_first
+from mpdeploy.report.reading import SYMBOLS, Json, headline, measured_text, number, worst_first
 
 MAX_BYTES = 1024 * 1024
 """GitHub refuses a step summary above 1024 KiB."""
@@ -62,16 +62,12 @@ def github_annotations(gate: Json) -> list[str]:
 
 
 def _row(verdict: Json) -> str:
-    measured = "not measured" if verdict["measured"] is None else format_number(number(verdict["measured"]))
-    if verdict["interval"] is not None:
-        low, high = (format_number(number(bound)) for bound in verdict["interval"])
-        measured += f" [{low}, {high}]"
     name = SYMBOLS[verdict["verdict"]] + " " + verdict["verdict"] + (" (advisory)" if verdict["advisory"] else "")
-    cells = (name, verdict["id"], verdict["at"], measured, format_number(number(verdict["limit"])))
+    cells = (name, verdict["id"], verdict["at"], measured_text(verdict), format_number(number(verdict["limit"])))
     row = "| " + " | ".join(_cell(cell) for cell in cells) + f" | {verdict['num_samples']:,} |"
     if verdict["verdict"] == "pass":
         return row
-    return row + f"\n| | | | {_cell(verdict['message'][:_LONGEST_MESSAGE])} | | |"
+    return row + f"\n| | | | {_message(verdict['message'][:_LONGEST_MESSAGE])} | | |"
 
 
 def _tail(gate: Json) -> list[str]:
@@ -97,6 +93,19 @@ def _text(text: object) -> str:
 
 def _cell(text: object) -> str:
     return _text(text).replace("`", "\\`") or " "
+
+
+def _message(text: str) -> str:
+    """A message whose `backticked` parts stay code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return _cell(text)
+    return "".join(f"`{_code(part)}`" if index % 2 else _spaced(part) for index, part in enumerate(parts))
+
+
+def _spaced(text: str) -> str:
+    lead, trail = text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
+    return f"{' ' if lead else ''}{_text(text)}{' ' if trail and text.strip() else ''}"
 
 
 def _code(text: object) -> str:

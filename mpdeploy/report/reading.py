@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpdeploy.gates.verdict import format_number
+
 Json = Mapping[str, Any]
 
 SYMBOLS: Mapping[str, str] = {"pass": "✓", "fail": "✕", "inconclusive": "?", "unvalidated": "…"}
@@ -15,6 +17,17 @@ _ORDER = ("fail", "inconclusive", "unvalidated", "pass")
 def number(value: Any) -> float:
     """A number of gate.json: NaN and infinities are strings there, and null stands for nothing."""
     return math.nan if value is None else float(value)
+
+
+def measured_text(verdict: Json) -> str:
+    """The number and its interval; a drop is called one, since messages show the signed change."""
+    if verdict["measured"] is None:
+        return "not measured"
+    text = format_number(number(verdict["measured"]))
+    if verdict["interval"] is not None:
+        low, high = (format_number(number(bound)) for bound in verdict["interval"])
+        text += f" [{low}, {high}]"
+    return f"drop {text}" if verdict["metric"].endswith("score_drop") else text
 
 
 def worst_first(verdicts: Sequence[Json]) -> list[Json]:

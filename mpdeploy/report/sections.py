@@ -1,4 +1,4 @@
-"""What each section of the page shows, collected from gate.json, evidence, manifest, plans and golden answers."""
+"""What the measured sections of the page show: verdicts, drift, accuracy, latency, training."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from mpdeploy.gates.evidence import Evidence
 from mpdeploy.gates.metrics import METRICS
 from mpdeploy.gates.verdict import format_number
 from mpdeploy.report import charts
-from mpdeploy.report.reading import SYMBOLS, Json, number, worst_first
+from mpdeploy.report.reading import SYMBOLS, Json, dicts, measured_text, number, worst_first
 from mpdeploy.run_dir import RunDir
 
-NUM_CHANGED_SAMPLES = 12
-MAX_KEPT_NODES = 300
-MAX_BLOCKS = 40
 _CURVES = {
     "loss": "training loss",
     "early_stopping_loss": "held-out loss",
@@ -37,8 +34,7 @@ def verdict_rows(gate: Json) -> list[dict[str, Any]]:
             {
                 **verdict,
                 "symbol": SYMBOLS[verdict["verdict"]],
-                "measured_text": "not measured" if verdict["measured"] is None else format_number(measured),
-                "interval_text": f"[{format_number(low_high[0])}, {format_number(low_high[1])}]" if low_high else "",
+                "measured_text": measured_text(verdict),
                 "limit_text": format_number(limit),
                 "limit_is": "at least" if row and row.limit_is == "smallest" else "at most",
                 "strip": charts.verdict_strip(

@@ -16,7 +16,8 @@ class ConvertConstantsPass(ir.passes.InPlacePass):
     1. A constant that only half nodes use is converted in place and keeps its name.
     2. One that both kinds use gets a second, half copy.
     3. One that no half node uses is left alone, and so is one that is a graph output.
-    4. An initialiser that is a graph input too (IR version 3 lists all of them there) changes its declared type with it.
+    4. An initialiser that is a graph input too is a constant in IR version 3, which lists all of them there; from version 4 on it
+       is a default that callers may override, and is treated as the input it is.
     Content is converted when it is written, tensor by tensor: nothing is held twice.
     """
 
@@ -30,7 +31,8 @@ class ConvertConstantsPass(ir.passes.InPlacePass):
         modified = False
         for graph in all_graphs(model.graph):
             for value in list(graph.initializers.values()):
-                modified |= self._convert(value, graph, None)
+                if self._assignment.index.is_constant(value):
+                    modified |= self._convert(value, graph, None)
             for node in list(graph):
                 if node.op_type == "Constant":
                     modified |= self._convert(node.outputs[0], graph, node)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from mpdeploy.precision.formats import FLOAT
 from mpdeploy.precision.graph_index import all_graphs
 from mpdeploy.precision.passes.assignment import Assignment
+from mpdeploy.precision.passes.convert_constants import half_tensor
 
 
 class InsertCastsPass(ir.passes.InPlacePass):
@@ -48,6 +49,8 @@ class InsertCastsPass(ir.passes.InPlacePass):
         is_half = ask.gives_half(value)
         if is_half:
             value.dtype = ask.half.onnx
+            if value.const_value is not None and value.is_graph_input():  # an input's default follows its type
+                value.const_value = half_tensor(value.const_value, ask.half, value.name)
         uses = [use for use in value.uses() if ask.wants_half(*use) != is_half]
         # a graph input that is a graph output too has no node that could be retyped: it is cast like any other
         crossing = [(graph, p) for graph, p in places if ask.graph_output_wants_half(graph, p) != is_half]

@@ -1,4 +1,4 @@
-"""Give every value a name: statistics and casts refer to tensors by name."""
+"""Give every value a name of its own, and every node: statistics, casts and plans refer to them by name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ class NameValuesPass(ir.passes.InPlacePass):
     1. A value without a name that is used gets one. (An unused optional output keeps its empty name: it means "not asked for".)
     2. Values of different bodies may share a name (both branches of an If do); ids by name would confuse them, so the later ones
        are renamed. Graph inputs and outputs of the main graph, and its tensors, keep their names.
+    3. A node whose name another node has gets a number behind it (ONNX Runtime refuses a graph with two nodes of one name);
+       the first keeps its name, and unnamed nodes stay unnamed.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Name."""
         modified = False
+        modified |= _number_duplicates(model)
         taken: dict[str, ir.Value] = {}
         counter = 0
         for graph in all_graphs(model.graph):
@@ -49,3 +52,22 @@ def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
         graph.register_initializer(value)
     else:
         value.name = name
+
+
+def _number_duplicates(model: ir.Model) -> bool:
+    names = {node.name for graph in all_graphs(model.graph) for node in graph if node.name}
+    seen: set[str] = set()
+    modified = False
+    for graph in all_graphs(model.graph):
+        for node in graph:
+            if not node.name:
+                continue
+            if node.name in seen:
+                base, count = node.name, 2
+                while f"{base}#{count}" in names:
+                    count += 1
+                node.name = f"{base}#{count}"
+                names.add(node.name)
+                modified = True
+            seen.add(node.name)
+    return modified

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from mpdeploy.precision.graph_index import all_graphs
 from mpdeploy.precision.schema import signature
+
+
+SMALL_BYTES = 1024
+"""Constants up to this size may be shapes or axes that inference needs."""
 
 
 class RefreshShapesPass(ir.passes.InPlacePass):
@@ -20,7 +24,6 @@ class RefreshShapesPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Refresh."""
         outputs = set(model.graph.outputs)
-        declared = {value: value.shape for value in outputs}
         for graph in all_graphs(model.graph):
             for node in graph:
                 domain = "" if node.domain == "ai.onnx" else node.domain
@@ -29,7 +32,45 @@ class RefreshShapesPass(ir.passes.InPlacePass):
                 for value in node.outputs:
                     if value not in outputs:
                         value.shape = None
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-        for value, shape in declared.items():
-            value.shape = shape
+        inferred = _inferred(model)
+        if inferred is not None:
+            for graph, other in zip(all_graphs(model.graph), all_graphs(inferred.graph), strict=True):
+                found = ir.convenience.create_value_mapping(other)
+                for node in graph:
+                    for value in node.outputs:
+                        match = found.get(value.name or "")
+                        if match is None or value in outputs:
+                            continue
+                        value.shape = match.shape if isinstance(match.type, ir.TensorType) else None
+                        if value.type is None or isinstance(match.type, ir.SequenceType | ir.OptionalType):
+                            value.type = match.type
         return ir.passes.PassResult(model, modified=True)
+
+
+def _inferred(model: ir.Model) -> ir.Model | None:
+    """The model as ONNX's inference sees it; weights of more than a shape's size are set aside meanwhile (they may not fit protobuf)."""
+    graph = model.graph
+    own_inputs = len(graph.inputs)
+    aside = {
+        value: value.const_value
+        for value in graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > SMALL_BYTES
+    }
+    try:
+        for value, tensor in aside.items():
+            value.shape = value.shape or ir.Shape(tensor.shape)
+            value.type = value.type or ir.TensorType(tensor.dtype)
+            graph.initializers.pop(value.name or "")
+            if not value.is_graph_input():
+                graph.inputs.append(value)
+        proto = ir.to_proto(model)
+    finally:
+        while len(graph.inputs) > own_inputs:
+            graph.inputs.pop()
+        for value, tensor in aside.items():
+            value.const_value = tensor
+            graph.register_initializer(value)
+    try:
+        return ir.from_proto(onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True))
+    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        return None  # shapes only weigh casts against gains: without them every tensor weighs the same

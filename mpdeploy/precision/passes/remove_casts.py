@@ -33,6 +33,8 @@ class RemoveNoOpCastsPass(ir.passes.InPlacePass):
                 origin = before.inputs[0]
                 if origin is None or index.dtypes.get(origin) != index.dtypes.get(made):
                     continue
+                if index.dtypes.get(source) not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
+                    continue  # half -> int -> half truncates
                 source = origin
             made.replace_all_uses_with(source)
             removed.append(node)
