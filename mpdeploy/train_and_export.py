@@ -254,6 +254,7 @@ def _row(at: str, place: Mapping[str, Any], records: Mapping[str, Any], verdicts
     if size is None and place["stage"] in records:
         model = records[place["stage"]].artifacts.get("model")
         size = model.path.stat().st_size if model is not None and model.path.exists() else None
+    latency = place.get("latency") or {}
     return {
         "stage": place["stage"].split("/")[0],
         "artifact": at.removeprefix("engine/"),
@@ -262,8 +263,12 @@ def _row(at: str, place: Mapping[str, Any], records: Mapping[str, Any], verdicts
         "score": (place.get("scores") or {}).get("mean"),
         "score_change_pt": None
         if change is None or change.interval is None or change.measured is None
-        else {"measured": -100 * change.measured, "low": -100 * change.interval[1], "high": -100 * change.interval[0]},
-        "median_ms": (place.get("latency") or {}).get("median_ms"),
+        else {
+            "measured": 0.0 - 100 * change.measured,
+            "low": -100 * change.interval[1],
+            "high": -100 * change.interval[0],
+        },
+        "median_ms": latency.get("median_ms"),
         "verdict": max(here, key=severity.index) if here else None,
     }
 

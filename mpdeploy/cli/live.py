@@ -107,7 +107,7 @@ def summary_table(console: Console, document: dict[str, Any]) -> None:
         interval = row.get("score_change_pt")
         score = "-" if row["score"] is None else f"{100 * row['score']:.2f} %"
         if interval is not None:
-            score += f" ({interval['measured']:+.2f} pt [{interval['low']:+.2f}, {interval['high']:+.2f}])"
+            score += f" ({interval['measured'] + 0.0:+.2f} pt [{interval['low']:+.2f}, {interval['high']:+.2f}])"
         size = "-" if row["bytes"] is None else human_bytes(row["bytes"])
         name = row["artifact"] + (" *" if row["artifact"] == document.get("chosen_engine") else "")
         rows.add_row(

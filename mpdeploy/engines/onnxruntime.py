@@ -90,7 +90,7 @@ def _options(ort: Any, *, optimise: bool = True, threads: int | None = None) -> 
 class OrtRunner:
     """A session. `outputs_wanted` restricts (and orders) what is answered."""
 
-    includes = "handing over numpy arrays, the run, making output arrays"
+    includes = "handing over numpy arrays, the run, output arrays"
 
     def __init__(
         self,

@@ -81,7 +81,7 @@ def compile_config(options: Mapping[str, Any]) -> dict[str, Any]:
 class OpenVinoRunner:
     """A compiled model."""
 
-    includes = "handing over numpy arrays, the run, copying outputs"
+    includes = "handing over numpy arrays, the run, output arrays"
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self._path = path

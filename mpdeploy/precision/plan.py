@@ -177,7 +177,11 @@ def _reasons_of_op(index: GraphIndex, node: ir.Node, half: HalfFormat) -> list[R
         return [Reason("op", rule.reason)]
     unknown = [v.name for v in node.inputs if v is not None and v not in index.dtypes]
     if unknown:
-        return [Reason("schema", f"the type of '{unknown[0]}' is not known: it comes out of an op that ONNX does not define")]
+        return [
+            Reason(
+                "schema", f"the type of '{unknown[0]}' is not known: it comes out of an op that ONNX does not define"
+            )
+        ]
     if not any(half_ports(index, node, half)):
         return [Reason("schema", f"{node.op_type}-{form.since_version} has no {half.onnx.name} form in ONNX")]
     return []

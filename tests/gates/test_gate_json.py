@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,20 @@ def test_places_are_summed_up_for_renderers(place, evidence):
     }
     assert found["flips"] == {"count": 10, "share": 0.01}
     assert found["latency"]["p99_ms"] is not None
+
+
+def test_fifty_thousand_samples_at_five_places_are_decided_in_under_five_seconds(place, evidence):
+    """Scores of any value, so that nothing is decided by counting: 50,000 samples, as if infinitely many resamples."""
+    rng = np.random.default_rng(0)
+    baseline = rng.random(50_000)
+    places = [
+        place(f"engine/{n}", arrays={"baseline_scores": baseline, "scores": baseline - rng.normal(0.001, 0.05, 50_000)})
+        for n in range(5)
+    ]
+    started = time.perf_counter()
+    gate = _decided(evidence(*places), [Gate(id="accuracy", metric="score_drop", limit=0.01)])
+    assert time.perf_counter() - started < 5.0
+    assert gate["verdict"] == "pass"
 
 
 # -- provenance --------------------------------------------------------------------------------------------------------

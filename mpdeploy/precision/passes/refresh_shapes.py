@@ -71,6 +71,8 @@ def _inferred(model: ir.Model) -> ir.Model | None:
             value.const_value = tensor
             graph.register_initializer(value)
     try:
-        return ir.from_proto(onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True))
+        return ir.from_proto(
+            onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        )
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return None  # shapes only weigh casts against gains: without them every tensor weighs the same
