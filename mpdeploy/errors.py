@@ -121,7 +121,7 @@ class BuildError(StageFailedError):
 
 
 class UnavailableError(MpdeployError):
-    """This machine lacks what was asked for: a device, a driver, a library."""
+    """What was asked for is not on this machine: a device, a driver, a library."""
 
     exit_code = 21
 

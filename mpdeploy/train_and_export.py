@@ -24,6 +24,7 @@ from mpdeploy.errors import (
 from mpdeploy.files import finite_json, sha256_of_file, write_json, write_text
 from mpdeploy.gates.evidence import INDEX, Evidence
 from mpdeploy.gates.gate import decide, gate_json
+from mpdeploy.gates.provenance import check_provenance
 from mpdeploy.gates.verdict import Verdict
 from mpdeploy.pipeline import Context, Listener, RunSummary, Silent, run_stages, termination_raises
 from mpdeploy.run_dir import RunDir
@@ -177,6 +178,7 @@ def decide_run(directory: RunDir, gates: Sequence[Gate]) -> tuple[dict[str, Any]
             hint="restore it, or measure again with --from 50-validate",
         )
     evidence = Evidence.load(index.parent)
+    check_provenance(evidence, directory)
     verdicts = decide(gates, evidence)
     return gate_json(verdicts, evidence, str(directory.manifest.get("pipeline", "")), gates), verdicts
 

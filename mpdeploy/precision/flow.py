@@ -155,21 +155,21 @@ def build_flow(
             edge(given, flow.add(Unit(key, gain=2.0 * size_of(given), fixed=float_io(given.name or ""))))
 
     for node, unit in unit_of.items():
-        for position, value in enumerate(node.inputs):
-            if value is None or value not in edge_of:
+        for position, taken in enumerate(node.inputs):
+            if taken is None or taken not in edge_of:
                 continue
             if position in ports[node][0]:
-                edge_of[value].consumers.append(unit)
+                edge_of[taken].consumers.append(unit)
             else:
-                edge_of[value].float_consumers = True
+                edge_of[taken].float_consumers = True
     for node in index.nodes.values():
         if node.op_type in CONTROL_FLOW:
             _take_borders(index, flow, node, edge_of)
-    for value in index.model.graph.outputs:
-        if index.is_float(value) and value in edge_of:
-            key = f"output:{value.name}"
-            unit = flow.add(Unit(key, gain=2.0 * size_of(value), fixed=float_io(value.name or "")))
-            edge_of[value].consumers.append(unit)
+    for output in index.model.graph.outputs:
+        if index.is_float(output) and output in edge_of:
+            key = f"output:{output.name}"
+            unit = flow.add(Unit(key, gain=2.0 * size_of(output), fixed=float_io(output.name or "")))
+            edge_of[output].consumers.append(unit)
     flow.edges = list(edge_of.values())
     return flow
 

@@ -13,6 +13,9 @@ from mpdeploy.errors import UnavailableError
 from mpdeploy.pipeline import Context, Outcome
 
 HALF = ("fp16", "bf16")
+PACKAGES = (
+    "mpdeploy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13", "tensorrt-rtx-cu13-bindings",
+)  # fmt: skip
 
 
 class BuildStage:
@@ -42,16 +45,7 @@ class BuildStage:
             "model": model.sha256 if model else None,
             "profile": list(context.pipeline.build.profile),
             "versions": {
-                name: found
-                for name in (
-                    "onnxruntime",
-                    "onnxruntime-gpu",
-                    "openvino",
-                    "tensorrt-cu13",
-                    "tensorrt-rtx-cu13-bindings",
-                    "mpdeploy",
-                )  # fmt: skip
-                if (found := package_version(name)) and _concerns(self.engine, name)
+                name: found for name in PACKAGES if (found := package_version(name)) and _concerns(self.engine, name)
             },
         }
 

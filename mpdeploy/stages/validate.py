@@ -93,6 +93,9 @@ class _Measuring:
     def _scores(self, outputs: Mapping[str, Array]) -> Array:
         return accuracy.score(self.config.metric, outputs, self.dataset.labels)
 
+    def _notes(self, **more: Any) -> dict[str, Any]:
+        return {"metric": accuracy.metric_name(self.config.metric), **more}
+
     def _record(self, name: str) -> StageRecord:
         record = self.context.run.record(name)
         assert record is not None
@@ -153,7 +156,7 @@ class _Measuring:
             Place(
                 "parity", "fp32", "10-train", baseline=baseline, facts=facts, arrays=arrays,
                 digests={"artifact": trained.artifacts["model"].sha256},
-                notes={"trained_in": trained.report["choice"]["precision"]},
+                notes=self._notes(trained_in=trained.report["choice"]["precision"]),
             )
         ]  # fmt: skip
 
@@ -166,7 +169,7 @@ class _Measuring:
             arrays = self._against_golden(runner)
         return Place(
             "onnx", "fp32", "20-export", arrays=arrays, facts={"size_bytes": model.path.stat().st_size},
-            digests={"artifact": model.sha256}, notes={"role": "the baseline of every latency"},
+            digests={"artifact": model.sha256}, notes=self._notes(role="the baseline of every latency"),
         )  # fmt: skip
 
     def half_precisions(self) -> list[str]:
@@ -192,6 +195,7 @@ class _Measuring:
         return Place(
             f"emulated/{precision}", precision, "30-convert", arrays=arrays,
             facts={"size_bytes": model.path.stat().st_size, "num_kept": len(kept)}, digests={"artifact": model.sha256},
+            notes=self._notes(),
         )  # fmt: skip
 
     def engine(self, name: str) -> Place | None:
@@ -205,7 +209,7 @@ class _Measuring:
         facts: dict[str, Any] = {"size_bytes": record.report["bytes"], "realised": audit["realised"]}
         facts |= {key: audit[key] for key in ("kept_in_half", "half_in_fp32")}
         digests = {"artifact": engine.sha256, "source": str(engine.sidecar.get("source_sha256", ""))}
-        notes: dict[str, Any] = {"audit_source": audit["source"]}
+        notes = self._notes(audit_source=audit["source"])
         at = f"engine/{name}"
         missing = backend(name).available() or backend(name).can_run()
         if missing is not None:

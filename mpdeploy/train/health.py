@@ -1,4 +1,4 @@
-"""Numerical health: do gradients survive the precision they are computed in, and how large do activations grow?"""
+"""Numerical health: whether gradients survive the precision they are computed in, and how large activations grow."""
 
 from __future__ import annotations
 

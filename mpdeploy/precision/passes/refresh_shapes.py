@@ -8,7 +8,6 @@ import onnx_ir as ir
 from mpdeploy.precision.graph_index import all_graphs
 from mpdeploy.precision.schema import signature
 
-
 SMALL_BYTES = 1024
 """Constants up to this size may be shapes or axes that inference needs."""
 
@@ -58,7 +57,8 @@ def _inferred(model: ir.Model) -> ir.Model | None:
     }
     try:
         for value, tensor in aside.items():
-            value.shape = value.shape or ir.Shape(tensor.shape)
+            if value.shape is None:
+                value.shape = tensor.shape  # type: ignore[assignment]
             value.type = value.type or ir.TensorType(tensor.dtype)
             graph.initializers.pop(value.name or "")
             if not value.is_graph_input():
