@@ -6,6 +6,7 @@ This joins the rewriter (which runs nothing) with a runtime that runs the FP32 a
 from __future__ import annotations
 
 import contextlib
+import gc
 import shutil
 import tempfile
 import time
@@ -21,22 +22,26 @@ from mpdeploy.artifact import Array, Feeds
 from mpdeploy.data_files import FeedSet, load_feeds
 from mpdeploy.engines import onnxruntime as ort_engine
 from mpdeploy.environment import package_version
-from mpdeploy.errors import ConversionError, GateFailedError, UsageError
+from mpdeploy.errors import BuildError, ConversionError, GateFailedError, UsageError
 from mpdeploy.files import atomic_path, write_json
 from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.blame import Blame, blame_nodes
 from mpdeploy.precision.emulate import emulate
 from mpdeploy.precision.flow import float_values, shape_size
+from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.keep_list import match_keep_list, read_patterns
 from mpdeploy.precision.model_io import input_specs, load_model, save_model, write_model
 from mpdeploy.precision.plan import PrecisionPlan, make_plan
 from mpdeploy.precision.ranges import Ranges, collect_ranges
-from mpdeploy.precision.rewrite import PrecisionCount, Prepared, count_precisions, prepare, rewrite
-from mpdeploy.precision.verify import check_file, check_strict_types
+from mpdeploy.precision.rewrite import PrecisionCount, Prepared, count_precisions, prepare, rewrite_indexed
+from mpdeploy.precision.verify import check_file, check_strict_types, one_of_each_kind
 
 LOST_REL_L2 = 0.5
 """Above this relative L2 drift an output is lost, and no gate is needed to say so."""
+
+WHOLE_SESSION_NODES = 1500
+"""Up to this many nodes ONNX Runtime loads the whole file as a check: its start-up grows with their square."""
 
 Progress = Callable[[str], None]
 
@@ -87,6 +92,19 @@ class Conversion:
         }
 
 
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Pause garbage collection: looking again and again through a graph's many small, living objects takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_collection_paused()
 def convert(
     model: Path,
     *,
@@ -162,9 +180,10 @@ def convert(
             disabled_rules=disabled_rules,
         )
         progress("rewriting")
-        mixed = rewrite(prepared, plan)
-        check_strict_types(mixed)
-        counts = count_precisions(mixed)
+        mixed_index = rewrite_indexed(prepared, plan, consume=feeds is None)
+        mixed = mixed_index.model
+        check_strict_types(mixed_index)
+        counts = count_precisions(mixed_index)
         drift, evaluations = None, 0
         blame: tuple[Blame, ...] = ()
         if feeds is not None:
@@ -180,7 +199,7 @@ def convert(
             raise UsageError("--max-drift needs --data to measure drift on.", hint="add --data calib.npz")
         if output is not None:
             progress("proving and writing")
-            _write(model, output, prepared, plan, mixed, folder)
+            _write(model, output, plan, mixed_index, folder)
     return Conversion(
         output=output,
         plan=plan,
@@ -342,14 +361,14 @@ def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked
     )
 
 
-def _write(source: Path, output: Path, prepared: Prepared, plan: PrecisionPlan, mixed: ir.Model, folder: Path) -> None:
+def _write(source: Path, output: Path, plan: PrecisionPlan, mixed: GraphIndex, folder: Path) -> None:
     if not plan.half_nodes and not any(key.startswith(("input:", "output:")) for key in plan.half_keys):
         _copy(source, output)
         return
     checks: list[Callable[[Path], None]] = [check_file]
     if package_version("onnxruntime") or package_version("onnxruntime-gpu"):
         checks.append(lambda path: _check_session(path, mixed, plan, folder))
-    save_model(mixed, output, checks)
+    save_model(mixed.model, output, checks)
 
 
 def _copy(source: Path, output: Path) -> None:
@@ -367,15 +386,19 @@ def _copy(source: Path, output: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
-def _check_session(path: Path, mixed: ir.Model, plan: PrecisionPlan, folder: Path) -> None:
-    """ONNX Runtime must load the file; for BF16, of which its CPU provider has few kernels, the emulated model."""
-    from mpdeploy.errors import BuildError
+def _check_session(path: Path, mixed: GraphIndex, plan: PrecisionPlan, folder: Path) -> None:
+    """ONNX Runtime must load the file; for BF16, of which its CPU provider has few kernels, the emulated model.
 
+    Of a large graph it must load one node of each kind (see `one_of_each_kind`).
+    """
     target = path
-    if plan.half.name == "bf16":
+    kinds = one_of_each_kind(mixed) if len(mixed.nodes) > WHOLE_SESSION_NODES else None
+    if kinds is not None:
+        target = write_model(kinds if plan.half.name == "fp16" else emulate(kinds), folder, "kinds.onnx")
+    elif plan.half.name == "bf16":
         target = folder / "emulated.onnx"
         if not target.exists():
-            write_model(emulate(mixed), folder, target.name)
+            write_model(emulate(mixed.model), folder, target.name)
     try:
         with ort_engine.OrtRunner(target, optimise=False):
             pass

@@ -27,8 +27,8 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
     from mpdeploy.precision.rewrite import KEPT, PRECISION, count_precisions
 
     model = load_model(path)
-    counts = count_precisions(model)
     index = GraphIndex.of(model)
+    counts = count_precisions(index)
     kept = [
         {"node": node_id, "op": node.op_type, "reason": node.metadata_props[KEPT]}
         for node_id, node in index.nodes.items()

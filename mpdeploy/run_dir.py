@@ -27,6 +27,11 @@ StageStatus = Literal["done", "failed", "interrupted", "unavailable"]
 _KINDS: dict[str, type[FileArtifact]] = {kind.__name__: kind for kind in (Checkpoint, OnnxModel, Engine, FileArtifact)}
 
 
+def _is_ours(name: str) -> bool:
+    """What a process that was killed before its first manifest leaves behind."""
+    return name == ".lock" or (name.startswith(f".{MANIFEST}.") and name.endswith(".partial"))
+
+
 @dataclass(frozen=True, slots=True)
 class StageRecord:
     """What a stage did, written when it ended.
@@ -93,7 +98,7 @@ class RunDir:
             ) from error
         if (path / MANIFEST).exists():
             run._read()
-        elif foreign := sorted(item.name for item in path.iterdir() if item.name != ".lock"):
+        elif foreign := sorted(item.name for item in path.iterdir() if not _is_ours(item.name)):
             raise RunDirError(
                 f"{path} is not empty and holds no {MANIFEST}: {', '.join(foreign[:5])}"
                 + (", ..." if len(foreign) > 5 else ""),
@@ -110,9 +115,13 @@ class RunDir:
         path = self.path / MANIFEST
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["schema"] != SCHEMA_VERSION:  # before anything else is read: another schema has another form
+                raise RunDirError(
+                    f"{path} has schema {manifest['schema']}; this mpdeploy reads schema {SCHEMA_VERSION}.",
+                    hint="use the version of mpdeploy that wrote it, or start a new run directory",
+                )
             if not isinstance(manifest["stages"], dict):
                 raise TypeError("'stages' is no object")
-            schema = manifest["schema"]
             for name, record in manifest["stages"].items():
                 self._record_from_json(name, record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -120,11 +129,6 @@ class RunDir:
                 f"The manifest {path} is corrupt: {error}.",
                 hint="restore it from a copy, or move the directory away and run again; nothing in it was changed",
             ) from error
-        if schema != SCHEMA_VERSION:
-            raise RunDirError(
-                f"{path} has schema {schema}; this mpdeploy reads schema {SCHEMA_VERSION}.",
-                hint="use the version of mpdeploy that wrote it, or start a new run directory",
-            )
         self.manifest = manifest
 
     def __enter__(self) -> Self:

@@ -124,7 +124,7 @@ class _Emulation:
 
 def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     def convert() -> ir.TensorProtocol:
-        return ir.tensor(np.asarray(tensor.numpy()).astype(np.float32), name=tensor.name)
+        return ir.Tensor(np.asarray(tensor.numpy()).astype(np.float32), name=tensor.name)
 
     if tensor.nbytes <= 1024:
         return convert()

@@ -74,6 +74,13 @@ class Flow:
 
 def half_ports(index: GraphIndex, node: ir.Node, half: HalfFormat) -> tuple[frozenset[int], frozenset[int]]:
     """Positions of the float inputs and outputs of a node that become half when the node does."""
+    key = (node, half.name)
+    if key not in index.ports:
+        index.ports[key] = _half_ports(index, node, half)
+    return index.ports[key]
+
+
+def _half_ports(index: GraphIndex, node: ir.Node, half: HalfFormat) -> tuple[frozenset[int], frozenset[int]]:
     form = index.signature(node)
     if form is None or node.op_type in (*CONTROL_FLOW, "Constant"):
         return frozenset(), frozenset()

@@ -6,7 +6,7 @@ of the node whose body it lies in. The index never changes the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -49,6 +49,7 @@ class GraphIndex:
         dtypes: value -> element type of the tensor it holds; absent where that is not known or it holds no tensor.
         containers: values that hold a sequence, an optional or a map.
         elements: container -> element type of the tensors in it, where known.
+        ports: what `flow.half_ports` found, by node and format.
     """
 
     model: ir.Model
@@ -58,6 +59,8 @@ class GraphIndex:
     dtypes: dict[ir.Value, ir.DataType] = field(default_factory=dict)
     containers: set[ir.Value] = field(default_factory=set)
     elements: dict[ir.Value, ir.DataType] = field(default_factory=dict)
+    ports: dict[tuple[ir.Node, str], tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
+    _signatures: dict[tuple[str, str, int | None], Signature | None] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ir.Model) -> GraphIndex:
@@ -74,6 +77,12 @@ class GraphIndex:
 
     def signature(self, node: ir.Node) -> Signature | None:
         """The node's schema at the model's opset; None for an op that ONNX does not define."""
+        key = (node.domain, node.op_type, node.version)
+        if key not in self._signatures:
+            self._signatures[key] = self._find_signature(node)
+        return self._signatures[key]
+
+    def _find_signature(self, node: ir.Node) -> Signature | None:
         domain = "" if node.domain == "ai.onnx" else node.domain
         version = node.version or self.model.graph.opset_imports.get(node.domain)
         if version is None:
@@ -227,12 +236,24 @@ class GraphIndex:
         return None
 
 
-def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+def bodies(node: ir.Node) -> Sequence[tuple[str, ir.Graph]]:
     """The graphs a node holds, with the names of their attributes."""
+    return list(_bodies(node)) if _may_hold_bodies(node) else ()
+
+
+def _may_hold_bodies(node: ir.Node) -> bool:
+    return node.op_type in _OWNERS or node.domain not in _ONNX
+
+
+_OWNERS = frozenset({*CONTROL_FLOW, "SequenceMap"})
+_ONNX = frozenset({"", "ai.onnx"})
+
+
+def _bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
     for name, attribute in node.attributes.items():
-        if isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPH:
+        if attribute.type == ir.AttributeType.GRAPH:
             yield name, attribute.as_graph()
-        elif isinstance(attribute, ir.Attr) and attribute.type == ir.AttributeType.GRAPHS:
+        elif attribute.type == ir.AttributeType.GRAPHS:
             for number, graph in enumerate(attribute.as_graphs()):
                 yield f"{name}_{number}", graph
 
@@ -241,8 +262,9 @@ def all_graphs(graph: ir.Graph) -> Iterator[ir.Graph]:
     """A graph and every body within it."""
     yield graph
     for node in graph:
-        for _, body in bodies(node):
-            yield from all_graphs(body)
+        if node.op_type in _OWNERS or node.domain not in _ONNX:
+            for _, body in _bodies(node):
+                yield from all_graphs(body)
 
 
 def _all_nodes(graph: ir.Graph) -> Iterator[ir.Node]:

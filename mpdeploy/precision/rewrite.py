@@ -20,7 +20,7 @@ from mpdeploy.precision.graph_index import GraphIndex, all_graphs, sort_nodes
 from mpdeploy.precision.passes.assignment import Assignment
 from mpdeploy.precision.passes.clamp_masks import ClampMasksPass
 from mpdeploy.precision.passes.convert_constants import ConvertConstantsPass
-from mpdeploy.precision.passes.declare_types import DeclareTypesPass
+from mpdeploy.precision.passes.declare_types import declare_types
 from mpdeploy.precision.passes.insert_casts import InsertCastsPass
 from mpdeploy.precision.passes.name_values import NameValuesPass
 from mpdeploy.precision.passes.raise_opset import RaiseOpsetPass, needs_raise
@@ -73,8 +73,7 @@ def prepare(model: ir.Model, half: HalfFormat) -> Prepared:
     clamp = ClampMasksPass(half)
     changed |= clamp(model).modified
     notes += clamp.clamped
-    index = GraphIndex.of(model)
-    missing = needs_raise(index, half)
+    missing = needs_raise(GraphIndex.of(model), half) if half.name == "bf16" else []
     if missing:
         raiser = RaiseOpsetPass()
         before = model.graph.opset_imports.get("")
@@ -86,10 +85,8 @@ def prepare(model: ir.Model, half: HalfFormat) -> Prepared:
             changed = True
         else:
             notes.append(f"opset stays {before} ({raiser.failure}): {', '.join(missing)} stay FP32")
-        index = GraphIndex.of(model)
     RefreshShapesPass()(model)
-    index = GraphIndex.of(model)
-    return Prepared(model, index, notes, changed)
+    return Prepared(model, GraphIndex.of(model), notes, changed)
 
 
 def passes(assignment: Assignment) -> tuple[ir.passes.InPlacePass, ...]:
@@ -99,20 +96,29 @@ def passes(assignment: Assignment) -> tuple[ir.passes.InPlacePass, ...]:
         ConvertConstantsPass(assignment),
         InsertCastsPass(assignment),
         RemoveNoOpCastsPass(),
-        DeclareTypesPass(),
     )
 
 
 def rewrite(prepared: Prepared, plan: PrecisionPlan) -> ir.Model:
-    """Carry out a plan on a copy of a prepared model. Weights are shared until they are written."""
-    model = prepared.model.clone()
-    index = GraphIndex.of(model)
+    """Carry out a plan on a copy of a prepared model."""
+    return rewrite_indexed(prepared, plan).model
+
+
+def rewrite_indexed(prepared: Prepared, plan: PrecisionPlan, *, consume: bool = False) -> GraphIndex:
+    """Carry out a plan and index the result: on a copy, or, to `consume` it, on the prepared model itself.
+
+    Weights are never copied: they are converted when they are written.
+    """
+    model = prepared.model if consume else prepared.model.clone()
+    index = prepared.index if consume else GraphIndex.of(model)
     for node_id, reasons in plan.kept.items():  # the file itself says why; `mpdeploy inspect` reads it
         index.nodes[node_id].metadata_props[KEPT] = "; ".join(map(str, reasons))
     model.metadata_props[PRECISION] = plan.half.name
     for each in passes(Assignment(index, plan)):
         each(model)
-    return model
+    rewritten = GraphIndex.of(model)
+    declare_types(rewritten)
+    return rewritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +146,8 @@ _FLOATS = {
 }
 
 
-def count_precisions(model: ir.Model) -> PrecisionCount:
+def count_precisions(index: GraphIndex) -> PrecisionCount:
     """Count nodes by the type of their first output (or input, for an op such as Shape or ArgMax whose output is no float)."""
-    index = GraphIndex.of(model)
     ops: dict[str, dict[str, int]] = {}
     nodes = half_nodes = casts = 0
     for node in index.nodes.values():

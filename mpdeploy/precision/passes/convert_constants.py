@@ -91,7 +91,7 @@ def half_tensor(tensor: ir.TensorProtocol, half: HalfFormat, name: str | None) -
         lost = np.isfinite(array) & ~np.isfinite(rounded)
         if lost.any():  # only constants the plan found harmless get here (a bound of Clip)
             rounded = np.where(lost, np.copysign(half.max, array), array).astype(half.numpy)
-        return ir.tensor(rounded, dtype=half.onnx, name=name)
+        return ir.Tensor(rounded, dtype=half.onnx, name=name)
 
     if tensor.nbytes <= 1024:
         return convert()

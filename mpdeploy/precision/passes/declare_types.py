@@ -17,9 +17,14 @@ class DeclareTypesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Declare."""
-        modified = False
-        for value, dtype in GraphIndex.of(model).dtypes.items():
-            if not isinstance(value.type, ir.TensorType) or value.type.dtype != dtype:
-                value.type = ir.TensorType(dtype)
-                modified = True
-        return ir.passes.PassResult(model, modified=modified)
+        return ir.passes.PassResult(model, modified=declare_types(GraphIndex.of(model)))
+
+
+def declare_types(index: GraphIndex) -> bool:
+    """The pass's work, on a model that is indexed already; returns whether a type changed."""
+    modified = False
+    for value, dtype in index.dtypes.items():
+        if not isinstance(value.type, ir.TensorType) or value.type.dtype != dtype:
+            value.type = ir.TensorType(dtype)
+            modified = True
+    return modified

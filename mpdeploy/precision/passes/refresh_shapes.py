@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from mpdeploy.precision.graph_index import all_graphs
+from mpdeploy.precision.graph_index import all_graphs, bodies
 from mpdeploy.precision.schema import signature
 
 SMALL_BYTES = 1024
@@ -33,20 +33,39 @@ class RefreshShapesPass(ir.passes.InPlacePass):
                         value.shape = None
         inferred = _inferred(model)
         if inferred is not None:
-            for graph, other in zip(all_graphs(model.graph), all_graphs(inferred.graph), strict=True):
-                found = ir.convenience.create_value_mapping(other)
-                for node in graph:
-                    for value in node.outputs:
-                        match = found.get(value.name or "")
-                        if match is None or value in outputs:
-                            continue
-                        value.shape = match.shape if isinstance(match.type, ir.TensorType) else None
-                        if value.type is None or isinstance(match.type, ir.SequenceType | ir.OptionalType):
-                            value.type = match.type
+            _take(model.graph, inferred.graph, outputs)
         return ir.passes.PassResult(model, modified=True)
 
 
-def _inferred(model: ir.Model) -> ir.Model | None:
+def _take(graph: ir.Graph, inferred: onnx.GraphProto, outputs: set[ir.Value]) -> None:
+    """Take over what was inferred, body by body: nodes stand in the same order in both."""
+    found = {info.name: info.type for info in (*inferred.value_info, *inferred.output)}
+    for node, proto in zip(graph, inferred.node, strict=True):
+        for value in node.outputs:
+            match = found.get(value.name or "")
+            if match is None or value in outputs:
+                continue
+            if match.HasField("tensor_type"):
+                value.shape = _shape(match.tensor_type) if match.tensor_type.HasField("shape") else None
+                if value.type is None and match.tensor_type.elem_type:
+                    value.type = ir.TensorType(ir.DataType(match.tensor_type.elem_type))
+            else:
+                value.shape = None
+                value.type = ir.serde.deserialize_type_proto_for_type(match)
+        inner = bodies(node)
+        if inner:
+            protos = [item.g for item in proto.attribute if item.type == onnx.AttributeProto.GRAPH]
+            for (_, body), body_proto in zip(inner, protos, strict=False):
+                _take(body, body_proto, outputs)
+
+
+def _shape(tensor: onnx.TypeProto.Tensor) -> ir.Shape:
+    return ir.Shape(
+        [axis.dim_value if axis.HasField("dim_value") else (axis.dim_param or None) for axis in tensor.shape.dim]
+    )
+
+
+def _inferred(model: ir.Model) -> onnx.ModelProto | None:
     """The model as ONNX's inference sees it; weights of more than a shape's size are set aside meanwhile (they may not fit protobuf)."""
     graph = model.graph
     own_inputs = len(graph.inputs)
@@ -71,8 +90,6 @@ def _inferred(model: ir.Model) -> ir.Model | None:
             value.const_value = tensor
             graph.register_initializer(value)
     try:
-        return ir.from_proto(
-            onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
-        )
+        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return None  # shapes only weigh casts against gains: without them every tensor weighs the same

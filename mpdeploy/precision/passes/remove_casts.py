@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mpdeploy.precision.formats import HALF_TYPES
-from mpdeploy.precision.graph_index import GraphIndex
+from mpdeploy.precision.graph_index import GraphIndex, all_graphs
 
 
 class RemoveNoOpCastsPass(ir.passes.InPlacePass):
@@ -18,6 +18,8 @@ class RemoveNoOpCastsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Remove."""
+        if not any(node.op_type == "Cast" for graph in all_graphs(model.graph) for node in graph):
+            return ir.passes.PassResult(model, modified=False)
         index = GraphIndex.of(model)
         removed: list[ir.Node] = []
         for node in index.nodes.values():
