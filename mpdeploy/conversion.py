@@ -199,7 +199,7 @@ def convert(
             raise UsageError("--max-drift needs --data to measure drift on.", hint="add --data calib.npz")
         if output is not None:
             progress("proving and writing")
-            _write(model, output, plan, mixed_index, folder)
+            warnings += _write(model, output, plan, mixed_index, folder)
     return Conversion(
         output=output,
         plan=plan,
@@ -361,14 +361,34 @@ def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked
     )
 
 
-def _write(source: Path, output: Path, plan: PrecisionPlan, mixed: GraphIndex, folder: Path) -> None:
+def _write(source: Path, output: Path, plan: PrecisionPlan, mixed: GraphIndex, folder: Path) -> list[str]:
+    """Write the model once every check has passed; returns warnings."""
     if not plan.half_nodes and not any(key.startswith(("input:", "output:")) for key in plan.half_keys):
         _copy(source, output)
-        return
+        return []
+    warnings: list[str] = []
     checks: list[Callable[[Path], None]] = [check_file]
     if package_version("onnxruntime") or package_version("onnxruntime-gpu"):
         checks.append(lambda path: _check_session(path, mixed, plan, folder))
+    checks.append(lambda path: warnings.extend(_check_rtx(path, source)))
     save_model(mixed.model, output, checks)
+    return warnings
+
+
+def _check_rtx(path: Path, source: Path) -> list[str]:
+    """TensorRT-RTX's parser, where it is installed, must take the file; unless it does not take the FP32 model either."""
+    from mpdeploy.engines.tensorrt.parse import rtx_refusal
+
+    refusal = rtx_refusal(path)
+    if refusal is None:
+        return []
+    if rtx_refusal(source) is not None:
+        first = refusal.strip().splitlines()
+        return [f"TensorRT-RTX does not parse this model, nor the FP32 one: {first[min(1, len(first) - 1)].strip()}"]
+    raise ConversionError(
+        f"TensorRT-RTX's parser takes the FP32 model and refuses the rewritten one:\n{refusal}",
+        hint="--keep the node it names, and please report it",
+    )
 
 
 def _copy(source: Path, output: Path) -> None:

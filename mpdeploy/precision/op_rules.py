@@ -15,6 +15,7 @@ class OpRule:
     Attributes:
         op: its type; `domain` is the default one.
         keep: always FP32.
+        keep_with_input: FP32 where one of these inputs is given.
         float_inputs: input positions whose tensors stay FP32 although the schema admits half there.
         reason: why.
     """
@@ -22,6 +23,7 @@ class OpRule:
     op: str
     reason: str
     keep: bool = False
+    keep_with_input: tuple[int, ...] = ()
     float_inputs: tuple[int, ...] = ()
 
 
@@ -48,6 +50,9 @@ OP_RULES: tuple[OpRule, ...] = (
     OpRule("GridSample", keep=True, reason="its grid holds coordinates: FP16 moves them by pixels"),
     OpRule("AffineGrid", keep=True, reason="its values are coordinates"),
     OpRule("EyeLike", keep=True, reason="no half kernel in ONNX Runtime, and nothing to gain"),
+    OpRule("LSTM", keep_with_input=(4,), reason="with sequence_lens, TensorRT's parser masks in FP32 and refuses half states"),
+    OpRule("GRU", keep_with_input=(4,), reason="with sequence_lens, TensorRT's parser masks in FP32 and refuses half states"),
+    OpRule("RNN", keep_with_input=(4,), reason="with sequence_lens, TensorRT's parser masks in FP32 and refuses half states"),
     OpRule("Det", keep=True, reason="a determinant cancels: TensorRT and ONNX Runtime have no half kernel"),
     OpRule("STFT", keep=True, reason="no half kernel in ONNX Runtime"),
     OpRule("DFT", keep=True, reason="no half kernel in ONNX Runtime, and its sums are as long as the signal"),

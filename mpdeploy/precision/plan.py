@@ -173,8 +173,10 @@ def _reasons_of_op(index: GraphIndex, node: ir.Node, half: HalfFormat) -> list[R
     if any(value in index.containers for value in (*node.inputs, *node.outputs) if value is not None):
         return [Reason("schema", "it handles a sequence or an optional, whose element type is fixed")]
     rule = RULE_OF_OP.get(node.op_type)
-    if rule is not None and rule.keep and node.domain in ("", "ai.onnx"):
-        return [Reason("op", rule.reason)]
+    if rule is not None and node.domain in ("", "ai.onnx"):
+        given = any(position < len(node.inputs) and node.inputs[position] is not None for position in rule.keep_with_input)
+        if rule.keep or given:
+            return [Reason("op", rule.reason)]
     unknown = [v.name for v in node.inputs if v is not None and v not in index.dtypes]
     if unknown:
         return [

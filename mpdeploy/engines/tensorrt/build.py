@@ -76,7 +76,7 @@ def build_plan(
         assert network.get_flag(typed)
         parser = trt.OnnxParser(network, logger)  # owns the weights: it must live until the plan is built
         if not parser.parse_from_file(str(model.path)):
-            raise BuildError(_parse_message(parser, lines, family, model.path), hint=_parse_hint(lines))
+            raise BuildError(parse_message(parser, lines, family, model.path), hint=_parse_hint(lines))
         inputs, engine_inputs = _specs(network.num_inputs, network.get_input, model.inputs, model.path)
         outputs, engine_outputs = _specs(network.num_outputs, network.get_output, model.outputs, model.path)
         check_profile(inputs, profile)
@@ -299,7 +299,8 @@ def _make_monitor(trt: Any, on_progress: Progress | None, interrupted: Callable[
     return Monitor()
 
 
-def _parse_message(parser: Any, lines: Lines, family: Family, path: Path) -> str:
+def parse_message(parser: Any, lines: Lines, family: Family, path: Path) -> str:
+    """What the parser refused, with node, op, file and line as it tells them."""
     faults = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
