@@ -25,10 +25,13 @@ class ConstantFault:
     Attributes:
         kind: `overflow` (a finite value becomes infinite), `underflow` (a value is lost or rounded coarsely).
         text: the values, for the reason.
+        coarse_error: absolute error where a value is only rounded coarsely (it lies below the smallest normal one and does not
+            vanish); None where more than that is wrong.
     """
 
     kind: str
     text: str
+    coarse_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -64,8 +67,8 @@ def _finite_amax(array: np.ndarray[Any, Any]) -> float:
 
 
 def _examine_each(values: np.ndarray[Any, Any], half: HalfFormat) -> ConstantFault | None:
-    rounded = half.rounded(values)
-    for before, after in zip(values.tolist(), rounded.tolist(), strict=True):
+    coarse: ConstantFault | None = None
+    for before, after in zip(values.tolist(), half.rounded(values).tolist(), strict=True):
         if not math.isfinite(before) or before == 0:
             continue
         if not math.isfinite(after):
@@ -74,12 +77,11 @@ def _examine_each(values: np.ndarray[Any, Any], half: HalfFormat) -> ConstantFau
             return ConstantFault(
                 "underflow", f"{before:.4g} becomes 0 (smallest value held is {half.min_subnormal:.3g})"
             )
-        if abs(before) < half.min_normal and abs(after - before) > LOSS_LIMIT / 4 * abs(before):
-            return ConstantFault(
-                "underflow",
-                f"{before:.4g} becomes {after:.4g} (below the smallest normal value, {half.min_normal:.3g})",
-            )
-    return None
+        error = abs(after - before)
+        if abs(before) < half.min_normal and error > LOSS_LIMIT / 4 * abs(before):
+            text = f"{before:.4g} becomes {after:.4g} (below the smallest normal value, {half.min_normal:.3g})"
+            coarse = ConstantFault("underflow", text, max(error, (coarse.coarse_error or 0.0) if coarse else 0.0))
+    return coarse
 
 
 def _overflow(value: float, half: HalfFormat) -> ConstantFault:

@@ -112,7 +112,7 @@ def make_plan(
         if keep and node_id in keep:
             entry = keep[node_id]
             found.append(Reason("user", f"kept by '{entry.pattern}'" + (f" ({entry.note})" if entry.note else "")))
-    _keep_for_constants(index, half, reasons)
+    _keep_for_constants(index, half, reasons, ranges)
     float_names = set(float_io)
     if ranges is not None:
         tensors = Tensors(index, half, ranges)
@@ -174,7 +174,9 @@ def _reasons_of_op(index: GraphIndex, node: ir.Node, half: HalfFormat) -> list[R
         return [Reason("schema", "it handles a sequence or an optional, whose element type is fixed")]
     rule = RULE_OF_OP.get(node.op_type)
     if rule is not None and node.domain in ("", "ai.onnx"):
-        given = any(position < len(node.inputs) and node.inputs[position] is not None for position in rule.keep_with_input)
+        given = any(
+            position < len(node.inputs) and node.inputs[position] is not None for position in rule.keep_with_input
+        )
         if rule.keep or given:
             return [Reason("op", rule.reason)]
     unknown = [v.name for v in node.inputs if v is not None and v not in index.dtypes]
@@ -189,7 +191,9 @@ def _reasons_of_op(index: GraphIndex, node: ir.Node, half: HalfFormat) -> list[R
     return []
 
 
-def _keep_for_constants(index: GraphIndex, half: HalfFormat, reasons: dict[str, list[Reason]]) -> None:
+def _keep_for_constants(
+    index: GraphIndex, half: HalfFormat, reasons: dict[str, list[Reason]], ranges: Ranges | None
+) -> None:
     faults: dict[ir.Value, ConstantFault | None] = {}
     for node_id, found in reasons.items():
         node = index.nodes[node_id]
@@ -206,10 +210,19 @@ def _keep_for_constants(index: GraphIndex, half: HalfFormat, reasons: dict[str, 
                 tensor = constant_tensor(value)
                 faults[value] = None if tensor is None else examine(tensor, half)
             fault = faults[value]
-            if fault is not None and not _harmless(node, position, fault):
+            if fault is not None and not _harmless(node, position, fault, half, ranges):
                 found.append(Reason("constant", f"{value.name}: {fault.text}"))
 
 
-def _harmless(node: ir.Node, position: int, fault: ConstantFault) -> bool:
-    """A bound of Clip beyond the format's range binds nothing that half can hold."""
-    return node.op_type == "Clip" and position > 0 and fault.kind == "overflow"
+def _harmless(node: ir.Node, position: int, fault: ConstantFault, half: HalfFormat, ranges: Ranges | None) -> bool:
+    """Whether a constant's rounding changes nothing that half could tell.
+
+    A bound of Clip beyond the format's range binds nothing that half can hold. A small addend (the epsilon of a norm) that is
+    rounded coarsely, but does not vanish, does not matter where every sum seen is so large that its own rounding is larger.
+    """
+    if node.op_type == "Clip" and position > 0 and fault.kind == "overflow":
+        return True
+    if node.op_type not in ("Add", "Sub") or fault.coarse_error is None or ranges is None:
+        return False
+    total = ranges.tensors.get(node.outputs[0].name or "")
+    return total is not None and total.count > 0 and fault.coarse_error <= half.unit_roundoff / 4 * total.amin
