@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,33 +14,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
-from mpdeploy.artifact import Array, Feeds
 from mpdeploy.data_files import FeedSet, load_feeds
-from mpdeploy.engines import onnxruntime as ort_engine
-from mpdeploy.environment import package_version
-from mpdeploy.errors import BuildError, ConversionError, GateFailedError, UsageError
-from mpdeploy.files import atomic_path, write_json
-from mpdeploy.measure.drift import DriftMeter, DriftReport
+from mpdeploy.emulated_runs import emulated_drift, feed_of_worst_sample, measure_ranges, opener
+from mpdeploy.errors import GateFailedError, UsageError
+from mpdeploy.files import write_json
+from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.blame import Blame, blame_nodes
-from mpdeploy.precision.emulate import emulate
-from mpdeploy.precision.flow import float_values, shape_size
-from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.keep_list import match_keep_list, read_patterns
-from mpdeploy.precision.model_io import input_specs, load_model, save_model, write_model
+from mpdeploy.precision.model_io import input_specs, load_model
 from mpdeploy.precision.plan import PrecisionPlan, make_plan
-from mpdeploy.precision.ranges import Ranges, collect_ranges
-from mpdeploy.precision.rewrite import PrecisionCount, Prepared, count_precisions, prepare, rewrite_indexed
-from mpdeploy.precision.verify import check_file, check_strict_types, one_of_each_kind
+from mpdeploy.precision.ranges import Ranges
+from mpdeploy.precision.rewrite import PrecisionCount, count_precisions, prepare, rewrite_indexed
+from mpdeploy.precision.verify import check_strict_types
+from mpdeploy.proving import prove_and_write
 
 LOST_REL_L2 = 0.5
 """Above this relative L2 drift an output is lost, and no gate is needed to say so."""
-
-WHOLE_SESSION_NODES = 1500
-"""Up to this many nodes ONNX Runtime loads the whole file as a check: its start-up grows with their square."""
 
 Progress = Callable[[str], None]
 
@@ -193,13 +184,20 @@ def convert(
             evaluations = 1
             limit = LOST_REL_L2 if max_drift is None else max_drift
             if not drift.rel_l2 <= limit:
-                blame = tuple(blame_nodes(prepared.model, mixed, _feed_of(drift, feeds), _open_in(folder)))
+                blame = tuple(
+                    blame_nodes(
+                        prepared.model,
+                        mixed,
+                        feed_of_worst_sample(drift, feeds),
+                        lambda shown, stem: opener(shown, folder, stem),
+                    )
+                )
                 raise _drift_error(drift, limit, blame, max_drift is not None)
         elif max_drift is not None:
             raise UsageError("--max-drift needs --data to measure drift on.", hint="add --data calib.npz")
         if output is not None:
             progress("proving and writing")
-            warnings += _write(model, output, plan, mixed_index, folder)
+            warnings += prove_and_write(model, output, plan, mixed_index, folder)
     return Conversion(
         output=output,
         plan=plan,
@@ -232,119 +230,6 @@ def _float_io(model: ir.Model, keep_io: bool, names: Collection[str]) -> set[str
     return set(known) if keep_io else set(names)
 
 
-def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path) -> Ranges:
-    """Statistics of every computed float tensor, and of the float inputs, over all feeds."""
-    values = float_values(prepared.index)
-    samples = max((feeds.samples_in(feed) for feed in feeds), default=1)
-    sizes = {
-        value.name or "": int(shape_size(value)) * (samples if value.shape is not None else 1)
-        for value in values
-        if value.shape is not None
-    }
-    ranges = collect_ranges(
-        _opener(prepared.model, folder, "ranges"),
-        [value.name or "" for value in values],
-        lambda: iter(feeds),
-        values_of=sizes,
-        num_samples=feeds.num_samples,
-    )
-    from mpdeploy.precision.ranges import TensorStats
-
-    for spec in feeds.inputs:
-        if spec.dtype == "float32":
-            stats = ranges.tensors.setdefault(spec.name, TensorStats())
-            for number, feed in enumerate(feeds):
-                stats.add(np.asarray(feed[spec.name], dtype=np.float32), number)
-    return ranges
-
-
-def _opener(
-    model: ir.Model, folder: Path, stem: str
-) -> Callable[[Sequence[str]], contextlib.AbstractContextManager[Any]]:
-    """A function that opens a model with chosen tensors as outputs; its weights are written once and shared."""
-    base = folder / f"{stem}.onnx"
-    if not base.exists():
-        ir.save(model, base, external_data=f"{stem}.weights")
-    shared = ir.load(base)
-    by_name = {value.name: value for node in shared.graph for value in node.outputs}
-    by_name |= {value.name: value for value in shared.graph.inputs}
-    originals = list(shared.graph.outputs)
-
-    @contextlib.contextmanager
-    def open_model(names: Sequence[str]) -> Iterator[Callable[[Feeds], dict[str, Array]]]:
-        shared.graph.outputs.clear()
-        shared.graph.outputs.extend(originals)
-        present = {value.name for value in originals}
-        for name in names:
-            if name not in present:
-                shared.graph.outputs.append(by_name[name])
-        path = folder / f"{stem}.chunk.onnx"
-        ir.save(shared, path)
-        with ort_engine.run_tensors(path, names) as infer:
-            yield infer
-
-    return open_model
-
-
-def _open_in(folder: Path) -> Callable[[ir.Model, str], Any]:
-    return lambda model, stem: _opener(model, folder, stem)
-
-
-def write_for_run(model: ir.Model, folder: Path, name: str) -> Path:
-    """Write a model into a scratch folder, for a runtime to load."""
-    return write_model(model, folder, name)
-
-
-def emulated_drift(reference: ir.Model, mixed: ir.Model, feeds: FeedSet, folder: Path) -> DriftReport:
-    """Drift of a mixed model, as half hardware would show it, against the FP32 model.
-
-    Raises:
-        StageFailedError: the runtime does not keep the rounding (see `engines.onnxruntime.prove_pairs_are_kept`).
-    """
-    for dtype in _half_types(mixed):
-        ort_engine.prove_pairs_are_kept(dtype)
-    split = all(
-        value.shape is None or not value.shape.dims or not isinstance(value.shape[0], int)
-        for value in reference.graph.outputs
-    )
-    fp32_path = folder / "reference.onnx"
-    if not fp32_path.exists():
-        write_model(reference, folder, fp32_path.name)
-    emulated_path = write_model(emulate(mixed), folder, "emulated.onnx")
-    meter = DriftMeter()
-    with ort_engine.OrtRunner(fp32_path) as fp32, ort_engine.OrtRunner(emulated_path) as half:
-        for feed in feeds:
-            golden = fp32.infer(feed)
-            meter.add(
-                golden, half.infer(feed), split=split and bool(feeds.batched) and _same_batch(golden, feeds, feed)
-            )
-    return meter.report()
-
-
-def _same_batch(golden: Mapping[str, Array], feeds: FeedSet, feed: Mapping[str, Array]) -> bool:
-    return all(array.ndim and len(array) == feeds.samples_in(feed) for array in golden.values())
-
-
-def _half_types(model: ir.Model) -> set[ir.DataType]:
-    return {
-        value.dtype
-        for node in model.graph.all_nodes()
-        for value in node.outputs
-        if value.dtype is not None and value.dtype in formats.HALF_TYPES
-    }
-
-
-def _feed_of(drift: DriftReport, feeds: FeedSet) -> Mapping[str, Array]:
-    """The feed that holds the worst sample."""
-    worst = max(drift.outputs.values(), key=lambda output: output.rel_l2).worst_sample if drift.outputs else 0
-    count = 0
-    for feed in feeds:
-        count += feeds.samples_in(feed)
-        if worst < count:
-            return feed
-    return feeds.feeds[-1]
-
-
 def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked: bool) -> GateFailedError:
     name, worst = max(drift.outputs.items(), key=lambda item: item[1].rel_l2)
     what = (
@@ -359,74 +244,6 @@ def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked
         + (f"\n\nThese nodes did it (drift of what goes in -> of what comes out):\n{lines}" if lines else ""),
         hint="keep them in FP32 with --keep, let --search find the smallest keep-list, or try --precision bf16",
     )
-
-
-def _write(source: Path, output: Path, plan: PrecisionPlan, mixed: GraphIndex, folder: Path) -> list[str]:
-    """Write the model once every check has passed; returns warnings."""
-    if not plan.half_nodes and not any(key.startswith(("input:", "output:")) for key in plan.half_keys):
-        _copy(source, output)
-        return []
-    warnings: list[str] = []
-    checks: list[Callable[[Path], None]] = [check_file]
-    if package_version("onnxruntime") or package_version("onnxruntime-gpu"):
-        checks.append(lambda path: _check_session(path, mixed, plan, folder))
-    checks.append(lambda path: warnings.extend(_check_rtx(path, source)))
-    save_model(mixed.model, output, checks)
-    return warnings
-
-
-def _check_rtx(path: Path, source: Path) -> list[str]:
-    """TensorRT-RTX's parser, where it is installed, must take the file; unless it does not take the FP32 model either."""
-    from mpdeploy.engines.tensorrt.parse import rtx_refusal
-
-    refusal = rtx_refusal(path)
-    if refusal is None:
-        return []
-    if rtx_refusal(source) is not None:
-        first = refusal.strip().splitlines()
-        return [f"TensorRT-RTX does not parse this model, nor the FP32 one: {first[min(1, len(first) - 1)].strip()}"]
-    raise ConversionError(
-        f"TensorRT-RTX's parser takes the FP32 model and refuses the rewritten one:\n{refusal}",
-        hint="--keep the node it names, and please report it",
-    )
-
-
-def _copy(source: Path, output: Path) -> None:
-    """Nothing becomes half: the file stays what it was, bit for bit."""
-    model = ir.load(source)
-    locations = {
-        value.const_value.location
-        for value in model.graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
-    for location in locations:
-        with atomic_path(output.parent / location) as temporary:
-            shutil.copyfile(source.parent / location, temporary)
-    with atomic_path(output) as temporary:
-        shutil.copyfile(source, temporary)
-
-
-def _check_session(path: Path, mixed: GraphIndex, plan: PrecisionPlan, folder: Path) -> None:
-    """ONNX Runtime must load the file; for BF16, of which its CPU provider has few kernels, the emulated model.
-
-    Of a large graph it must load one node of each kind (see `one_of_each_kind`).
-    """
-    target = path
-    kinds = one_of_each_kind(mixed) if len(mixed.nodes) > WHOLE_SESSION_NODES else None
-    if kinds is not None:
-        target = write_model(kinds if plan.half.name == "fp16" else emulate(kinds), folder, "kinds.onnx")
-    elif plan.half.name == "bf16":
-        target = folder / "emulated.onnx"
-        if not target.exists():
-            write_model(emulate(mixed.model), folder, target.name)
-    try:
-        with ort_engine.OrtRunner(target, optimise=False):
-            pass
-    except BuildError as error:
-        raise ConversionError(
-            f"ONNX Runtime refuses the rewritten model: {error.message}",
-            hint="--keep the node it names, and please report it",
-        ) from error
 
 
 def write_plan(path: Path, conversion: Conversion) -> None:

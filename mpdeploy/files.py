@@ -63,8 +63,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o644)
         yield temporary
+        temporary.chmod(0o644)  # now: some writers put a file of their own in its place
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

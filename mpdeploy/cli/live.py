@@ -120,11 +120,21 @@ def summary_table(console: Console, document: dict[str, Any]) -> None:
             verdict_markup(row["verdict"] or "-"),
         )
     console.print(rows)
+    waiting: dict[str, int] = {}
     for verdict in document.get("verdicts", []):
-        if verdict["verdict"] != "pass":
-            note = " (advisory)" if verdict["advisory"] else ""
-            console.print(f"{verdict_markup(verdict['verdict'])}  ", end="")
-            console.print(f"{verdict['message']}{note}", markup=False)
+        if verdict["verdict"] == "unvalidated":
+            waiting[verdict["at"]] = waiting.get(verdict["at"], 0) + 1
+        elif verdict["verdict"] != "pass":
+            word = (
+                f"[dim]advisory {verdict['verdict']}[/]" if verdict["advisory"] else verdict_markup(verdict["verdict"])
+            )
+            console.print(f"{word}  ", end="")
+            console.print(verdict["message"], markup=False, style="dim" if verdict["advisory"] else None)
+    for at, count in waiting.items():
+        console.print(
+            f"{verdict_markup('unvalidated')}  {at}: {count} gates wait for a machine that can run it; take {document['run']} there "
+            "and go on with --from 50-validate",
+        )
     if document.get("chosen_engine"):
         console.print(f"* the fastest engine that passed here: {document['chosen_engine']}", markup=False)
     if document["verdict"] is not None:

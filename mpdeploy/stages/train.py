@@ -10,6 +10,7 @@ from mpdeploy.errors import DataError, MissingExtraError
 from mpdeploy.files import digest_of_json, write_json
 from mpdeploy.pipeline import Context, Outcome
 from mpdeploy.stages.common import folder_digest, load_splits
+from mpdeploy.user_code import user_call
 
 NAME = "10-train"
 
@@ -110,8 +111,8 @@ def _choose(context: Context, key: str, splits: Any) -> Any:
 
     def step(precision: str) -> None:
         with autocast(PrecisionChoice(precision, device, "", {})):
-            outputs = model(inputs)
-        loss(outputs.float(), labels).backward()
+            outputs = user_call(model, inputs)
+        user_call(loss, outputs.float(), labels).backward()
 
     choice = choose_precision(config, device, step)
     write_json(path, {"key": key, "choice": choice.to_json()})

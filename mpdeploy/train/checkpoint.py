@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ def save_weights(model: nn.Module, path: Path, *, metadata: dict[str, str] | Non
     except ImportError as error:
         raise MissingExtraError.for_extra("safetensors", "train") from error
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, _disk_errors():
         save_file(tensors, temporary, metadata=metadata)
 
 
@@ -42,8 +46,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def save_state(state: dict[str, Any], path: Path) -> None:
     """Write a state of tensors, numbers, texts and containers of them."""
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_path(path) as temporary, _disk_errors(), temporary.open("wb") as file:
+        torch.save(state, file)
+
+
+@contextlib.contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Bring out the operating system's error: torch hides it behind a RuntimeError, safetensors in the text of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from error
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
@@ -52,6 +72,6 @@ def load_state(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, ValueError, OSError):
+    except Exception:  # torch and pickle raise a dozen types for a file that is no state, or was cut short
         return None
     return state if isinstance(state, dict) else None

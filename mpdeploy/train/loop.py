@@ -152,7 +152,7 @@ class _Training:
             total_loss += loss.detach().double().cpu() * len(labels)
             if not math.isfinite(float(total_loss)):
                 raise TrainingDivergedError(
-                    f"The loss became {float(loss)} in epoch {self.epoch + 1}, step {number + 1} ({self.choice.precision}).",
+                    f"The loss became {float(loss.detach())} in epoch {self.epoch + 1}, step {number + 1} ({self.choice.precision}).",
                     hint="lower train.learning_rate, or train in another precision (--set train.precision=fp32); "
                     f"the state before this epoch is kept in {self.state_path}",
                 )
@@ -209,8 +209,8 @@ class _Training:
         self.model.eval()
         inputs, labels = self.stopping
         with autocast(self.choice):
-            outputs = self.model(self._laid_out(inputs)).float()
-        loss = float(self.loss(outputs, labels))
+            outputs = user_call(self.model, self._laid_out(inputs)).float()
+        loss = float(user_call(self.loss, outputs, labels))
         correct = (outputs.argmax(-1) == labels).double().mean() if outputs.ndim == 2 else torch.tensor(math.nan)
         return loss, float(correct)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 import onnx_ir as ir
 
 from mpdeploy.precision.flow import border_key, half_ports
-from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex
+from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, all_graphs
 from mpdeploy.precision.plan import PrecisionPlan
 
 
@@ -27,6 +27,25 @@ class Assignment:
             for node_id, node in self.index.nodes.items()
             if node_id in self.plan.half_keys
         }
+
+    @cached_property
+    def _taken(self) -> set[str | None]:
+        taken: set[str | None] = set()
+        for graph in all_graphs(self.index.model.graph):
+            taken.update(value.name for value in graph.inputs)
+            taken.update(graph.initializers)
+            for node in graph:
+                taken.add(node.name)
+                taken.update(value.name for value in node.outputs)
+        return taken
+
+    def fresh_name(self, base: str) -> str:
+        """`base`, or `base#2` and so on where a node or tensor of the model has that name; it is taken from then on."""
+        name, count = base, 2
+        while name in self._taken:
+            name, count = f"{base}#{count}", count + 1
+        self._taken.add(name)
+        return name
 
     def wants_half(self, node: ir.Node, position: int) -> bool:
         """Whether a node takes an input, float in the FP32 model, as half."""

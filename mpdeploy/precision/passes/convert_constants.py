@@ -55,7 +55,8 @@ class ConvertConstantsPass(ir.passes.InPlacePass):
                 _set_constant(node, converted)
             value.dtype = half.onnx
             return True
-        name = f"{value.name}_{half.onnx.name.lower()}"
+        fresh = self._assignment.fresh_name
+        name = fresh(f"{value.name}_{half.onnx.name.lower()}")
         if node is None:
             copy = ir.Value(
                 name=name,
@@ -65,7 +66,7 @@ class ConvertConstantsPass(ir.passes.InPlacePass):
             )
             graph.register_initializer(copy)
         else:
-            twin = ir.node("Constant", [], name=f"{node.name}_{half.onnx.name.lower()}" if node.name else None)
+            twin = ir.node("Constant", [], name=fresh(f"{node.name}_{half.onnx.name.lower()}") if node.name else None)
             _set_constant(twin, half_tensor(tensor, half, name))
             copy = twin.outputs[0]
             copy.name, copy.dtype = name, half.onnx

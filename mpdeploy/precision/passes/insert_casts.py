@@ -47,15 +47,17 @@ class InsertCastsPass(ir.passes.InPlacePass):
     def _visit(self, value: ir.Value, places: list[tuple[ir.Graph, int]]) -> bool:
         ask = self._assignment
         is_half = ask.gives_half(value)
-        if is_half:
+        retyped = is_half and value.dtype != ask.half.onnx
+        if retyped:
             value.dtype = ask.half.onnx
             if value.const_value is not None and value.is_graph_input():  # an input's default follows its type
                 value.const_value = half_tensor(value.const_value, ask.half, value.name)
-        uses = [use for use in value.uses() if ask.wants_half(*use) != is_half]
+        # nodes that the index does not know are the casts of an earlier call
+        uses = [use for use in value.uses() if use[0] in ask.index.id_of and ask.wants_half(*use) != is_half]
         # a graph input that is a graph output too has no node that could be retyped: it is cast like any other
         crossing = [(graph, p) for graph, p in places if ask.graph_output_wants_half(graph, p) != is_half]
         if not uses and not crossing:
-            return is_half
+            return retyped
         cast = self._cast(value, ask.half.onnx if not is_half else FLOAT)
         for node, position in uses:
             node.replace_input_with(position, cast.outputs[0])
@@ -71,7 +73,7 @@ class InsertCastsPass(ir.passes.InPlacePass):
                 graph.outputs[position] = cast.outputs[0]
         if by_graph and not value.is_graph_input() and not value.is_graph_output():
             name = value.name
-            value.name = f"{name}_before_cast"
+            value.name = self._assignment.fresh_name(f"{name}_before_cast")
             cast.outputs[0].name = name
 
     def _constant_output(self, value: ir.Value, places: list[tuple[ir.Graph, int]]) -> bool:
@@ -86,9 +88,9 @@ class InsertCastsPass(ir.passes.InPlacePass):
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Node:
         self.num_casts += 1
         label = f"{value.name}_to_{dtype.name.lower()}"
-        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=f"Cast_{label}")
+        cast = ir.node("Cast", [value], {"to": int(dtype)}, name=self._assignment.fresh_name(f"Cast_{label}"))
         made = cast.outputs[0]
-        made.name, made.dtype, made.shape = label, dtype, value.shape
+        made.name, made.dtype, made.shape = self._assignment.fresh_name(label), dtype, value.shape
         producer = value.producer()
         if producer is not None:
             graph = producer.graph

@@ -48,6 +48,8 @@ class RaiseOpsetPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Raise."""
+        if model.graph.opset_imports.get("", 0) >= RAISED:
+            return ir.passes.PassResult(model, modified=False)
         from onnxscript import version_converter
 
         trial = model.clone()

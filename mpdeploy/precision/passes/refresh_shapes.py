@@ -23,8 +23,10 @@ class RefreshShapesPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Refresh."""
         outputs = set(model.graph.outputs)
+        before: list[tuple[ir.Value, ir.Shape | None]] = []
         for graph in all_graphs(model.graph):
             for node in graph:
+                before += [(value, value.shape) for value in node.outputs]
                 domain = "" if node.domain == "ai.onnx" else node.domain
                 if signature(domain, node.op_type, model.graph.opset_imports.get(node.domain, 1)) is None:
                     continue
@@ -34,7 +36,12 @@ class RefreshShapesPass(ir.passes.InPlacePass):
         inferred = _inferred(model)
         if inferred is not None:
             _take(model.graph, inferred.graph, outputs)
-        return ir.passes.PassResult(model, modified=True)
+        modified = any(not _same(value.shape, shape) for value, shape in before)
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _same(shape: ir.Shape | None, before: ir.Shape | None) -> bool:
+    return shape is before if shape is None or before is None else shape == before
 
 
 def _take(graph: ir.Graph, inferred: onnx.GraphProto, outputs: set[ir.Value]) -> None:

@@ -29,10 +29,14 @@ class RetypeAttributesPass(ir.passes.InPlacePass):
                 continue
             if node.op_type == "ConstantOfShape":
                 before = node.attributes.get("value")
+                if before is not None and before.as_tensor().dtype == half.onnx:
+                    continue
                 fill = 0.0 if before is None else float(before.as_tensor().numpy().reshape(-1)[0])
                 node.attributes["value"] = ir.AttrTensor("value", ir.tensor([fill], dtype=half.onnx))
             elif node.op_type in TYPE_ATTRIBUTES and self._has_own_type(node):
                 name = TYPE_ATTRIBUTES[node.op_type][0]
+                if node.attributes.get_int(name, 0) == int(half.onnx):
+                    continue
                 node.attributes[name] = ir.AttrInt64(name, int(half.onnx))
             else:
                 continue
