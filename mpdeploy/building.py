@@ -184,7 +184,10 @@ def open_runner(path: Path, *, engine: str | None = None, emulate: bool = False)
                 )
             built = find_engine(path)
         elif emulate:
-            yield stack.enter_context(_emulated(path))
+            from mpdeploy.emulated_runs import emulated_runner
+            from mpdeploy.precision.model_io import load_model
+
+            yield stack.enter_context(emulated_runner(load_model(path)))
             return
         elif engine is None:
             from mpdeploy.engines.onnxruntime import OrtRunner
@@ -200,22 +203,6 @@ def open_runner(path: Path, *, engine: str | None = None, emulate: bool = False)
         if missing is not None:
             raise UnavailableError(f"{path} cannot run here: {missing.reason}", hint=missing.hint)
         yield stack.enter_context(row.load(built))
-
-
-@contextlib.contextmanager
-def _emulated(path: Path) -> Iterator[Runner]:
-    from mpdeploy.engines.onnxruntime import OrtRunner, prove_pairs_are_kept
-    from mpdeploy.precision.emulate import emulate
-    from mpdeploy.precision.formats import HALF_TYPES
-    from mpdeploy.precision.model_io import load_model, write_model
-
-    model = load_model(path)
-    for dtype in HALF_TYPES:
-        prove_pairs_are_kept(dtype)
-    with tempfile.TemporaryDirectory(prefix="mpdeploy-") as folder:
-        written = write_model(emulate(model), Path(folder), "emulated.onnx")
-        with OrtRunner(written) as runner:
-            yield runner
 
 
 def fitted(feeds: Mapping[str, Array], inputs: Sequence[TensorSpec]) -> dict[str, Array]:

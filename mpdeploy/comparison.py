@@ -8,6 +8,7 @@ from typing import Any
 
 from mpdeploy.building import describe_model, fitted, is_engine, open_runner
 from mpdeploy.data_files import FeedSet, load_feeds
+from mpdeploy.emulated_runs import tensors_of
 from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.measure.latency import LatencyReport, LatencySamples, measure_one, measure_pair
 
@@ -57,11 +58,11 @@ def compare(
     with open_runner(reference) as golden, open_runner(candidate, engine=engine, emulate=emulate) as found:
         feeds = data if isinstance(data, FeedSet) else load_feeds(data, golden.inputs, where=str(reference))
         for feed in feeds:
-            expected = golden.infer(feed)
-            answers = found.infer(fitted(feed, found.inputs))
+            expected = tensors_of(golden.infer(feed))
+            answers = tensors_of(found.infer(fitted(feed, found.inputs)))
             samples = feeds.samples_in(feed)
             split = bool(feeds.batched) and all(array.ndim and len(array) == samples for array in expected.values())
-            meter.add(expected, {name: answers[name] for name in answers}, split=split)
+            meter.add(expected, answers, split=split)
             count += samples
     return Comparison(meter.report(), count, tuple(warnings))
 

@@ -179,8 +179,7 @@ def convert(
         blame: tuple[Blame, ...] = ()
         if feeds is not None:
             progress("measuring emulated drift")
-            reference = load_model(model)
-            drift = emulated_drift(reference, mixed, feeds, folder)
+            drift = emulated_drift(model, mixed, feeds)
             evaluations = 1
             limit = LOST_REL_L2 if max_drift is None else max_drift
             if not drift.rel_l2 <= limit:

@@ -6,6 +6,7 @@ The rewriter runs nothing itself; this is the way to run a model that it is hand
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.precision.emulate import emulate
 from mpdeploy.precision.flow import float_values, shape_size
 from mpdeploy.precision.formats import HALF_TYPES
-from mpdeploy.precision.model_io import write_model
+from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, write_model
 from mpdeploy.precision.ranges import Ranges, TensorStats, collect_ranges
 from mpdeploy.precision.rewrite import Prepared
 
@@ -77,30 +78,39 @@ def opener(
     return open_model
 
 
-def emulated_drift(reference: ir.Model, mixed: ir.Model, feeds: FeedSet, folder: Path) -> DriftReport:
-    """Drift of a mixed model, as half hardware would show it, against the FP32 model.
+@contextlib.contextmanager
+def emulated_runner(mixed: ir.Model) -> Iterator[ort_engine.OrtRunner]:
+    """A mixed model, running as half-precision hardware would.
 
     Raises:
         StageFailedError: the runtime does not keep the rounding (see `engines.onnxruntime.prove_pairs_are_kept`).
     """
     for dtype in _half_types(mixed):
         ort_engine.prove_pairs_are_kept(dtype)
-    split = all(
-        value.shape is None or not value.shape.dims or not isinstance(value.shape[0], int)
-        for value in reference.graph.outputs
-    )
-    fp32_path = folder / "reference.onnx"
-    if not fp32_path.exists():
-        write_model(reference, folder, fp32_path.name)
-    emulated_path = write_model(emulate(mixed), folder, "emulated.onnx")
+    with tempfile.TemporaryDirectory(prefix="mpdeploy-") as name:
+        scratch = SCRATCH_EXTERNAL_FROM_BYTES
+        path = write_model(emulate(mixed), Path(name), "emulated.onnx", external_from_bytes=scratch)
+        with ort_engine.OrtRunner(path) as runner:
+            yield runner
+
+
+def emulated_drift(reference: Path, mixed: ir.Model, feeds: FeedSet) -> DriftReport:
+    """Drift of a mixed model, as half hardware would show it, against the FP32 model at `reference`."""
     meter = DriftMeter()
-    with ort_engine.OrtRunner(fp32_path) as fp32, ort_engine.OrtRunner(emulated_path) as half:
+    with ort_engine.OrtRunner(reference) as fp32, emulated_runner(mixed) as half:
         for feed in feeds:
-            golden = fp32.infer(feed)
-            meter.add(
-                golden, half.infer(feed), split=split and bool(feeds.batched) and _same_batch(golden, feeds, feed)
-            )
+            golden, found = tensors_of(fp32.infer(feed)), tensors_of(half.infer(feed))
+            meter.add(golden, found, split=bool(feeds.batched) and _same_batch(golden, feeds, feed))
     return meter.report()
+
+
+def tensors_of(answers: Mapping[str, Any]) -> dict[str, Array]:
+    """The answers that are tensors of numbers: a sequence, an absent optional or a text has no drift."""
+    return {
+        name: value
+        for name, value in answers.items()
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "OSU"
+    }
 
 
 def _same_batch(golden: Mapping[str, Array], feeds: FeedSet, feed: Mapping[str, Array]) -> bool:

@@ -18,6 +18,7 @@ from mpdeploy.precision.graph_index import all_graphs
 
 EXTERNAL_FROM_BYTES = 1_800_000_000
 """Above this a model's weights go into a file of their own: protobuf ends at 2 GiB."""
+SCRATCH_EXTERNAL_FROM_BYTES = 1_000_000
 OPSETS = range(9, 26)
 
 
@@ -118,10 +119,13 @@ def weight_bytes(model: ir.Model) -> int:
     )
 
 
-def write_model(model: ir.Model, folder: Path, name: str) -> Path:
-    """Write into a folder, with external data `NAME.data` where the weights are large. Not atomic: see `save_model`."""
+def write_model(model: ir.Model, folder: Path, name: str, *, external_from_bytes: int = EXTERNAL_FROM_BYTES) -> Path:
+    """Write into a folder, with external data `NAME.data` where the weights are large. Not atomic: see `save_model`.
+
+    A scratch file that only a runtime will read is written faster with its weights beside it.
+    """
     path = folder / name
-    if weight_bytes(model) > EXTERNAL_FROM_BYTES:
+    if weight_bytes(model) > external_from_bytes:
         ir.save(model, path, external_data=f"{name}.data")
     else:
         ir.save(model, path)

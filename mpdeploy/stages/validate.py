@@ -5,9 +5,7 @@ Deciding is not done here: `mpdeploy.gates` decides from the evidence, now and w
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -180,17 +178,11 @@ class _Measuring:
         """A mixed model, rounding as half hardware would."""
         import onnx_ir as ir
 
-        from mpdeploy.engines.onnxruntime import OrtRunner, prove_pairs_are_kept
-        from mpdeploy.precision.emulate import emulate
-        from mpdeploy.precision.formats import FORMATS
-        from mpdeploy.precision.model_io import write_model
+        from mpdeploy.emulated_runs import emulated_runner
 
         model = self.context.run.artifact("30-convert", precision)
-        prove_pairs_are_kept(FORMATS[precision].onnx)
-        with tempfile.TemporaryDirectory(prefix="mpdeploy-") as folder:
-            path = write_model(emulate(ir.load(model.path)), Path(folder), "emulated.onnx")
-            with OrtRunner(path) as runner:
-                arrays = self._against_golden(runner)
+        with emulated_runner(ir.load(model.path)) as runner:
+            arrays = self._against_golden(runner)
         kept = self._record("30-convert").report[precision]["kept"]
         return Place(
             f"emulated/{precision}", precision, "30-convert", arrays=arrays,
