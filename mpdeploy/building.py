@@ -15,6 +15,7 @@ from mpdeploy.artifact import Array, Engine, OnnxModel, Runner, TensorSpec
 from mpdeploy.data_files import load_feeds
 from mpdeploy.engines import backend
 from mpdeploy.engines.base import Audit, Profile, ShapeRange, default_profile
+from mpdeploy.engines.isolation import BuildRequest, Progress, build_isolated
 from mpdeploy.errors import ModelError, UnavailableError, UsageError, closest_names
 from mpdeploy.files import sha256_of_file
 
@@ -59,6 +60,7 @@ def build(
     profile: Sequence[str] = (),
     data: str | None = None,
     options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Engine, Audit]:
     """Build an engine into `folder` and read back what it runs.
 
@@ -69,6 +71,7 @@ def build(
         profile: `input=min,opt,max` with shapes like `1x3x64x64`; others from batches 1, 8, 32 and `data`'s shapes.
         data: samples, for the lengths of symbolic axes.
         options: the backend's own options.
+        progress: told (phase, steps done, steps in all).
 
     Raises:
         UnavailableError: this machine lacks the engine.
@@ -82,7 +85,7 @@ def build(
     described = describe_model(model)
     ranges = profile_of(described.inputs, profile, data, where=str(model))
     folder.mkdir(parents=True, exist_ok=True)
-    built = row.build(described, ranges, dict(options or {}), folder)
+    built = build_isolated(BuildRequest(engine, described, ranges, dict(options or {}), folder), progress)
     return built, row.audit(built)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpdeploy.building import describe_model, fitted, is_engine, open_runner
 from mpdeploy.data_files import FeedSet, load_feeds
 from mpdeploy.emulated_runs import tensors_of
+from mpdeploy.errors import UsageError
 from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.measure.latency import LatencyReport, LatencySamples, measure_one, measure_pair
 
@@ -86,3 +90,30 @@ def bench(
     with open_runner(a) as first, open_runner(b, engine=engine) as second:
         feed = load_feeds(data, first.inputs, where=str(a)).feeds[0]
         return measure_pair(first, second, feed, num_samples, feeds_b=fitted(feed, second.inputs))
+
+
+def sweep(
+    path: Path, batches: Sequence[int], *, data: str, engine: str | None = None, num_samples: int = 50
+) -> list[dict[str, Any]]:
+    """Latency and throughput over batch sizes: the samples of `data` are repeated up to each size.
+
+    Raises:
+        UsageError: no input has a symbolic first axis.
+    """
+    found = []
+    with open_runner(path, engine=engine) as runner:
+        feeds = load_feeds(data, runner.inputs, where=str(path))
+        if not feeds.batched:
+            raise UsageError(f"{path} has no symbolic first axis: its batch cannot vary.", hint="leave --batches away")
+        for batch in batches:
+            whole = {
+                name: np.concatenate([feed[name] for feed in feeds]) if name in feeds.batched else feeds.feeds[0][name]
+                for name in feeds.feeds[0]
+            }
+            sized = {
+                name: np.resize(a, (batch, *a.shape[1:])) if name in feeds.batched else a for name, a in whole.items()
+            }
+            samples = measure_one(runner, sized, num_samples)
+            median_ms = float(np.median(samples.samples_ms))
+            found.append({"batch": batch, "median_ms": median_ms, "samples_per_s": 1e3 * batch / median_ms})
+    return found

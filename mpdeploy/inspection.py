@@ -7,6 +7,7 @@ from typing import Any
 
 from mpdeploy.building import find_engine, is_engine
 from mpdeploy.engines import backend
+from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -22,7 +23,6 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:
-    from mpdeploy.precision.graph_index import GraphIndex
     from mpdeploy.precision.model_io import input_specs, load_model, output_specs, weight_bytes
     from mpdeploy.precision.rewrite import KEPT, PRECISION, count_precisions
 
@@ -47,7 +47,26 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "ops": counts.ops,
         "casts": counts.casts,
         "kept": kept,
+        "largest": _largest(index),
     }
+
+
+def _largest(index: GraphIndex, count: int = 5) -> list[dict[str, Any]]:
+    """The nodes with most bytes of constants, and the precision of those."""
+    found = []
+    for node_id, node in index.nodes.items():
+        tensors = [constant_tensor(v) for v in node.inputs if v is not None and index.is_constant(v)]
+        sizes = [(tensor.nbytes, tensor.dtype.name.lower()) for tensor in tensors if tensor is not None]
+        if sizes:
+            found.append(
+                {
+                    "node": node_id,
+                    "op": node.op_type,
+                    "bytes": sum(size for size, _ in sizes),
+                    "precision": max(sizes)[1],
+                }
+            )
+    return sorted(found, key=lambda item: -item["bytes"])[:count]
 
 
 def _inspect_engine(path: Path) -> dict[str, Any]:

@@ -16,16 +16,22 @@ def bench(
     b: Annotated[Path | None, typer.Argument(metavar="B", help="What A is compared with, interleaved.")] = None,
     engine: EngineName = None,
     samples: Annotated[int, typer.Option(min=20, help="Timed calls of each; a p99 needs 299.")] = 300,
+    batches: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Also the throughput of A (or B) at these batches.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Latency of A; with B, both interleaved and the ratio B / A with its interval."""
     from mpdeploy.comparison import bench as measure
+    from mpdeploy.comparison import sweep
     from mpdeploy.measure.latency import LatencyReport
 
     found = measure(a, b, data=data, engine=engine, num_samples=samples)
     document: dict[str, Any] = (
         found.to_json() if isinstance(found, LatencyReport) else {"a": found.to_json(), "b": None, "ratio": None}
     )
+    if batches:
+        document["sweep"] = sweep(b or a, _sizes(batches), data=data, engine=engine)
     if as_json:
         emit(document)
         return
@@ -50,8 +56,25 @@ def bench(
         out.print(
             f"ratio b / a of medians: {document['ratio']['median']:.3f} [{low:.3f}, {high:.3f}] (95 %)", markup=False
         )
+    if batches:
+        rows = table("batch", "median ms", "samples/s", right=("batch", "median ms", "samples/s"))
+        for entry in document["sweep"]:
+            rows.add_row(str(entry["batch"]), number(entry["median_ms"]), f"{entry['samples_per_s']:,.0f}")
+        out.print(rows)
     if document.get("warning"):
         console().print(f"[yellow]warning:[/] {document['warning']}")
+
+
+def _sizes(text: str) -> list[int]:
+    from mpdeploy.errors import UsageError
+
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if not sizes or min(sizes) < 1:
+        raise UsageError(f"--batches {text}: write batch sizes like 1,8,32.")
+    return sizes
 
 
 def register(app: typer.Typer) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpdeploy.cli.common import Json, console, emit, table
+from mpdeploy.cli.common import Json, console, emit, human_bytes, table
 
 
 def inspect(
@@ -38,6 +38,11 @@ def inspect(
     for op, counts in found["ops"].items():
         rows.add_row(op, *(str(counts.get(precision, "")) for precision in precisions))
     out.print(rows)
+    if found.get("largest"):
+        largest = table("largest nodes", "op", "weights", "in", right=("weights",))
+        for entry in found["largest"]:
+            largest.add_row(entry["node"], entry["op"], human_bytes(entry["bytes"]), entry["precision"])
+        out.print(largest)
     if found["kept"]:
         kept = table("kept in FP32", "op", "why")
         for entry in found["kept"]:

@@ -8,6 +8,7 @@ from typing import Any
 from mpdeploy.artifact import FileArtifact, OnnxModel
 from mpdeploy.engines import backend
 from mpdeploy.engines.base import Audit, default_profile
+from mpdeploy.engines.isolation import BuildRequest, build_isolated
 from mpdeploy.environment import package_version
 from mpdeploy.errors import UnavailableError
 from mpdeploy.pipeline import Context, Outcome
@@ -64,7 +65,10 @@ class BuildStage:
         folder = context.run.folder(self.name)
         context.progress(0, 0, f"building from the {precision} model")
         profile = default_profile(model.inputs, context.pipeline.build.profile, {})
-        engine = engine_backend.build(model, profile, {}, folder)
+        engine = build_isolated(
+            BuildRequest(self.engine, model, profile, {}, folder),
+            lambda phase, done, total: context.progress(done, total, phase),
+        )
         audit = engine_backend.audit(engine)
         plan_record = context.run.record("30-convert")
         plan = {}
