@@ -53,7 +53,7 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
 
 def _largest(index: GraphIndex, count: int = 5) -> list[dict[str, Any]]:
     """The nodes with most bytes of constants, and the precision of those."""
-    found = []
+    found: list[dict[str, Any]] = []
     for node_id, node in index.nodes.items():
         tensors = [constant_tensor(v) for v in node.inputs if v is not None and index.is_constant(v)]
         sizes = [(tensor.nbytes, tensor.dtype.name.lower()) for tensor in tensors if tensor is not None]
