@@ -26,7 +26,8 @@ from mpdeploy.precision.blame import Blame, blame_nodes
 from mpdeploy.precision.keep_list import match_keep_list, read_patterns
 from mpdeploy.precision.model_io import input_specs, load_model
 from mpdeploy.precision.plan import PrecisionPlan, make_plan
-from mpdeploy.precision.ranges import Ranges
+from mpdeploy.precision.range_rules import RANGE_RULES
+from mpdeploy.precision.ranges import Ranges, TensorStats
 from mpdeploy.precision.rewrite import PrecisionCount, count_precisions, prepare, rewrite_indexed
 from mpdeploy.precision.verify import check_strict_types
 from mpdeploy.proving import prove_and_write
@@ -135,6 +136,7 @@ def convert(
     begin = time.perf_counter()
     half = formats.FORMATS[precision]
     progress("reading")
+    _refuse_unknown_rules(disabled_rules)
     loaded = load_model(model)
     warnings = _refuse_double_output(model, output)
     feeds = None
@@ -157,9 +159,10 @@ def convert(
             ]
         if amax:
             ranges = ranges or Ranges()
+            known = {value.name for value, dtype in prepared.index.dtypes.items() if dtype == formats.FLOAT}
             for tensor, largest in amax.items():
-                if tensor in ranges.tensors:
-                    ranges.tensors[tensor].merge_amax(largest, "training")
+                if tensor in known:
+                    ranges.tensors.setdefault(tensor, TensorStats()).merge_amax(largest, "training")
         progress("planning")
         plan = make_plan(
             prepared.index,
@@ -208,6 +211,13 @@ def convert(
         evaluations=evaluations,
         blame=blame,
     )
+
+
+def _refuse_unknown_rules(names: Collection[str]) -> None:
+    known = [rule.name for rule in RANGE_RULES]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"There is no range rule '{name}'.", hint=f"the rules are {', '.join(known)}")
 
 
 def _refuse_double_output(model: Path, output: Path | None) -> list[str]:

@@ -7,7 +7,6 @@ arrays hold many samples along it and are split; else an array whose shape fits 
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -71,16 +70,17 @@ def load_feeds(source: str, inputs: tuple[TensorSpec, ...], *, where: str) -> Fe
     """
     batched = frozenset(spec.name for spec in inputs if spec.has_symbolic_batch)
     feeds: list[Mapping[str, Array]] = []
-    for number, arrays in enumerate(_sources(source)):
-        fitted = _fitted(arrays, inputs, f"{where} (data {source})")
-        _refuse_nan(fitted, f"{source}, entry {number}" if number else source, batched)
+    for origin, arrays in _sources(source):
+        fitted = _fitted(arrays, inputs, f"{where} (data {origin})")
+        _refuse_nan(fitted, origin, batched)
         feeds += _split(fitted, batched)
     if not feeds:
         raise DataError(f"{source} holds no samples.", hint="give at least one, better 32 or more")
     return FeedSet(tuple(feeds), inputs, batched)
 
 
-def _sources(source: str) -> Iterator[Mapping[str, Array]]:
+def _sources(source: str) -> Iterator[tuple[str, Mapping[str, Array]]]:
+    """(where from, arrays) pairs."""
     path = Path(source)
     if path.is_dir():
         files = sorted(path.glob("*.npz"))
@@ -89,21 +89,24 @@ def _sources(source: str) -> Iterator[Mapping[str, Array]]:
                 f"The folder {path} holds no .npz file.", hint="write one with numpy.savez, one array an input"
             )
         for file in files:
-            yield _read_npz(file)
+            yield str(file), _read_npz(file)
     elif path.is_file():
-        yield _read_npz(path)
+        yield source, _read_npz(path)
     elif ":" in source:
-        yield from _call(source)
+        for number, arrays in enumerate(_call(source)):
+            yield (f"{source}, entry {number}" if number else source), arrays
     else:
         raise DataError(f"There is no data at {source}.", hint="give an .npz, a folder of them, or module:function")
 
 
 def _read_npz(path: Path) -> Mapping[str, Array]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise DataError(f"{path} holds a bare array.", hint="numpy.savez(path, INPUT_NAME=array)")
-            return {name: archive[name] for name in archive.files}
+            with archive:
+                return {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"{path} is not a readable .npz file: {error}", hint="write it with numpy.savez, without pickled objects"
@@ -187,7 +190,7 @@ def _split(arrays: Mapping[str, Array], batched: frozenset[str]) -> list[Mapping
     count = lengths.pop()
     if count == 0:
         return []
-    size = min(MAX_BATCH, max(1, math.ceil(count / MIN_FEEDS)))
+    size = min(MAX_BATCH, max(1, count // MIN_FEEDS))
     return [
         {name: array[start : start + size] if name in batched else array for name, array in arrays.items()}
         for start in range(0, count, size)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ import onnx_ir as ir
 from mpdeploy.artifact import Array, Feeds
 from mpdeploy.data_files import FeedSet
 from mpdeploy.engines import onnxruntime as ort_engine
+from mpdeploy.errors import BuildError
 from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.precision.emulate import emulate
 from mpdeploy.precision.flow import float_values, shape_size
 from mpdeploy.precision.formats import HALF_TYPES
-from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, write_model
+from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, load_model, write_model
+from mpdeploy.precision.passes.name_values import NameValuesPass
 from mpdeploy.precision.ranges import Ranges, TensorStats, collect_ranges
 from mpdeploy.precision.rewrite import Prepared
 
@@ -61,6 +63,7 @@ def opener(
     by_name = {value.name: value for node in shared.graph for value in node.outputs}
     by_name |= {value.name: value for value in shared.graph.inputs}
     originals = list(shared.graph.outputs)
+    float_inputs = {value.name for value in shared.graph.inputs if value.dtype == ir.DataType.FLOAT}
 
     @contextlib.contextmanager
     def open_model(names: Sequence[str]) -> Iterator[Callable[[Feeds], dict[str, Array]]]:
@@ -73,7 +76,7 @@ def opener(
         path = folder / f"{stem}.chunk.onnx"
         ir.save(shared, path)
         with ort_engine.run_tensors(path, names) as infer:
-            yield infer
+            yield lambda feed: infer(_widened(feed, float_inputs))
 
     return open_model
 
@@ -97,11 +100,32 @@ def emulated_runner(mixed: ir.Model) -> Iterator[ort_engine.OrtRunner]:
 def emulated_drift(reference: Path, mixed: ir.Model, feeds: FeedSet) -> DriftReport:
     """Drift of a mixed model, as half hardware would show it, against the FP32 model at `reference`."""
     meter = DriftMeter()
-    with ort_engine.OrtRunner(reference) as fp32, emulated_runner(mixed) as half:
+    with _reference_runner(reference) as fp32, emulated_runner(mixed) as half:
+        float_inputs = {spec.name for spec in half.inputs if spec.dtype == "float32"}
         for feed in feeds:
-            golden, found = tensors_of(fp32.infer(feed)), tensors_of(half.infer(feed))
+            golden, found = tensors_of(fp32.infer(feed)), tensors_of(half.infer(_widened(feed, float_inputs)))
             meter.add(golden, found, split=bool(feeds.batched) and _same_batch(golden, feeds, feed))
     return meter.report()
+
+
+@contextlib.contextmanager
+def _reference_runner(path: Path) -> Iterator[ort_engine.OrtRunner]:
+    """The FP32 model as it is; where node names repeat (valid ONNX, which ONNX Runtime refuses), with numbers behind them."""
+    with contextlib.ExitStack() as stack:
+        try:
+            runner = stack.enter_context(ort_engine.OrtRunner(path))
+        except BuildError:
+            model = load_model(path)
+            if not NameValuesPass()(model).modified:
+                raise
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpdeploy-")))
+            runner = stack.enter_context(ort_engine.OrtRunner(write_model(model, folder, "reference.onnx")))
+        yield runner
+
+
+def _widened(feed: Feeds, float_inputs: Collection[str | None]) -> dict[str, Array]:
+    """A model's half inputs are FP32 in the emulated one."""
+    return {name: array.astype(np.float32) if name in float_inputs else array for name, array in feed.items()}
 
 
 def tensors_of(answers: Mapping[str, Any]) -> dict[str, Array]:

@@ -245,8 +245,8 @@ def _run_one(stage: Stage, key: Mapping[str, Any], context: Context) -> None:
         context.listener.stage_ended(record, cached=False)
         return record
 
-    context.listener.stage_started(stage.name)
     try:
+        context.listener.stage_started(stage.name)  # within: who is told may be interrupted, too
         outcome = stage.run(context)
     except MpdeployError as error:
         finish("failed", None, error.message, error.hint)

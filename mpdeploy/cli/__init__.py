@@ -23,7 +23,7 @@ from mpdeploy.cli import (
     report,
     train_and_export,
 )  # fmt: skip
-from mpdeploy.errors import MpdeployError
+from mpdeploy.errors import MpdeployError, UsageError
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
@@ -47,9 +47,13 @@ def main() -> NoReturn:
         _fail(error.exit_code, str(error))
     except KeyboardInterrupt:
         _fail(INTERRUPTED, "Interrupted. What finished is kept; the same command goes on from there.")
+    except SystemExit as error:  # typer turns Ctrl-C and wrong usage into it
+        if error.code == INTERRUPTED:
+            _fail(INTERRUPTED, "Interrupted. What finished is kept; the same command goes on from there.")
+        if error.code == UsageError.exit_code:
+            _print_error_document("wrong usage: stderr says what", UsageError.exit_code)
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         if type(error).__name__ == "TerminatedError":
             _fail(TERMINATED, "Terminated. What finished is kept; the same command goes on from there.")
         import traceback
@@ -64,9 +68,14 @@ def main() -> NoReturn:
 
 def _fail(code: int, text: str) -> NoReturn:
     print(f"\nmpdeploy: error: {text}", file=sys.stderr)
+    _print_error_document(text, code)
+    sys.exit(code)
+
+
+def _print_error_document(text: str, code: int) -> None:
+    """Under `--json`, stdout holds one document even where a verb could not finish."""
     if "--json" in sys.argv and not _printed():
         print(json.dumps({"error": {"message": text, "exit_code": code}}))
-    sys.exit(code)
 
 
 def _printed() -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 from mpdeploy.artifact import Array
 from mpdeploy.errors import MpdeployError, StageFailedError
 from mpdeploy.files import atomic_path
+from mpdeploy.user_code import user_call
 
 TRACED_BATCH = 2
 PARITY_BATCHES = (1, 2, 7)
@@ -38,10 +39,13 @@ def export_onnx(
 
     Raises:
         StageFailedError: torch cannot export it, or the checker refuses the result.
+        UserCodeError: the model itself raises, without any export.
     """
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in model.state_dict().values()):
         raise StageFailedError("The model holds weights that are not FP32.", hint="export the FP32 master weights")
     example = tuple(torch.from_numpy(array[:TRACED_BATCH]) for array in inputs.values())
+    with torch.no_grad():
+        user_call(model, *example)
     batch = torch.export.Dim("batch")
     try:
         with _quiet(), torch.no_grad():
@@ -61,9 +65,12 @@ def export_onnx(
             onnx.checker.check_model(temporary, full_check=True)
     except (MpdeployError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the exporter raises types of many packages
+    except Exception as error:  # the exporter raises types of many packages, and wraps what went wrong in advice
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
         raise StageFailedError(
-            f"torch.onnx.export failed: {type(error).__name__}: {' '.join(str(error).split())[:800]}",
+            f"torch.onnx.export failed: {type(cause).__name__}: {' '.join(str(cause).split())[:800]}",
             hint="torch.export.export(model, ...) alone shows whether the model can be traced",
         ) from error
 

@@ -251,7 +251,7 @@ def float_values(index: GraphIndex) -> list[ir.Value]:
         value
         for node in index.model.graph
         for value in node.outputs
-        if index.dtypes.get(value) == FLOAT and node.op_type != "Constant"
+        if value.name and index.dtypes.get(value) == FLOAT and node.op_type != "Constant"
     ]
 
 

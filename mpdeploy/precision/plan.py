@@ -150,6 +150,8 @@ def make_plan(
 def _source(ranges: Ranges | None) -> str:
     if ranges is None:
         return "none"
+    if not ranges.num_feeds:
+        return "training"
     return (
         f"{'synthetic data' if ranges.synthetic else 'calibration'}, {ranges.num_samples or ranges.num_feeds} samples"
     )

@@ -16,6 +16,10 @@ from mpdeploy.precision.formats import FLOAT, HalfFormat
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.ranges import Ranges, TensorStats
 
+CANCELLATION_LIMIT = 16.0
+"""A sum may be this much smaller than what is added: more, and their rounding is 16 unit roundoffs of it."""
+ANGLE_LIMIT = 2.0**-5
+"""Radians by which rounding may move an angle."""
 UNDERFLOW_LIMIT = 2.0**-9
 """Relative L2 error a tensor may suffer from FP16's range, beside its normal rounding: four unit roundoffs."""
 
@@ -117,7 +121,44 @@ def _small_divisor(tensors: Tensors) -> Iterator[RangeVerdict]:
             )
 
 
-_SENSITIVE = {"Div": 1, "Reciprocal": 0, "Log": 0}
+_SENSITIVE = {"Div": 1, "Reciprocal": 0, "Log": 0, "Sign": 0}
+
+
+def _cancellation(tensors: Tensors) -> Iterator[RangeVerdict]:
+    """The difference of two large tensors is made of their rounding: u |a| / |a - b| of it."""
+    for node_id, node in tensors.index.nodes.items():
+        if node.op_type not in ("Add", "Sub"):
+            continue
+        made = tensors.stats(node.outputs[0])
+        if made is None or not made.rms > 0:
+            continue
+        for taken in node.inputs:
+            stats = tensors.stats(taken)
+            if taken is not None and stats is not None and stats.rms > CANCELLATION_LIMIT * made.rms:
+                around = tensors.around(taken, "")
+                yield RangeVerdict(
+                    tuple(dict.fromkeys((*around.nodes, node_id))),
+                    f"{taken.name}, near {stats.rms:.2g}, cancels in {node.op_type} to {made.rms:.2g}: "
+                    f"its rounding is {100 * tensors.half.unit_roundoff * stats.rms / made.rms:.2g} % of that",
+                    around.io,
+                )
+
+
+def _large_angle(tensors: Tensors) -> Iterator[RangeVerdict]:
+    """Sin and Cos see the absolute error of their input, which grows with it (positions in rotary embeddings)."""
+    for node_id, node in tensors.index.nodes.items():
+        angle = node.inputs[0] if node.op_type in ("Sin", "Cos") else None
+        stats = tensors.stats(angle)
+        if angle is None or stats is None:
+            continue
+        error = stats.amax * stats.tail_factor * tensors.half.unit_roundoff
+        if error > ANGLE_LIMIT:
+            around = tensors.around(angle, "")
+            yield RangeVerdict(
+                tuple(dict.fromkeys((*around.nodes, node_id))),
+                f"{node.op_type} of {angle.name}, which reaches {stats.amax:.4g}: rounding moves it by {error:.2g} rad",
+                around.io,
+            )
 
 
 def _inner_sum(tensors: Tensors) -> Iterator[RangeVerdict]:
@@ -167,5 +208,7 @@ RANGE_RULES: tuple[RangeRule, ...] = (
     RangeRule("overflow", "range", _overflow, "a value above the largest one held becomes infinite, and NaN after it"),
     RangeRule("underflow", "range", _underflow, "values below the smallest normal one are lost: the signal with them"),
     RangeRule("small-divisor", "range", _small_divisor, "a divisor rounded to zero gives infinity"),
+    RangeRule("cancellation", "range", _cancellation, "a difference of large values is made of their rounding"),
+    RangeRule("large-angle", "range", _large_angle, "sine and cosine of a coarsely rounded angle are those of another"),
     RangeRule("inner-sum", "inner", _inner_sum, "a sum inside an op overflows where the engine sums in half"),
 )

@@ -75,8 +75,10 @@ class TensorStats:
                 self.nan_feed = feed
             finite = flat[finite_mask]
             magnitude_bits = magnitude_bits[finite_mask]
-        self.sum_squares += float(np.dot(finite, finite)) if finite.size < 1 << 16 else _sum_squares(finite)
         largest = float(magnitude_bits.max(initial=0).astype(np.uint32).view(np.float32))
+        # float32 dot products of long vectors lose digits, and squares leave its range
+        short = finite.size < 1 << 16 and 1e-10 < largest < 1e15
+        self.sum_squares += float(np.dot(finite, finite)) if short else _sum_squares(finite)
         self.feed_amax.append(largest)
         self.amax = max(self.amax, largest)
         zeros = int(np.count_nonzero(magnitude_bits == 0)) if counts[0] else 0
@@ -123,7 +125,9 @@ class TensorStats:
             exponent = int(exponent_field) - EXPONENT_BIAS
             square = 7.0 / 3.0 * math.ldexp(1.0, 2 * exponent)  # mean of x^2 over [2^e, 2^(e+1))
             energy += n * square
-            if exponent < half.min_exponent:
+            if math.ldexp(1.0, exponent + 1) <= half.min_subnormal / 2:
+                error += n * square
+            elif exponent < half.min_exponent:
                 error += n * min(square, half.min_subnormal**2 / 12.0)
         return math.sqrt(error / energy) if energy > 0 else 0.0
 
@@ -144,10 +148,9 @@ class TensorStats:
 
 
 def _sum_squares(values: NDArray[np.float32]) -> float:
-    # float32 dot products of long vectors lose digits, and of large values overflow: sum blocks in float64
-    with np.errstate(over="ignore"):
-        blocks = [values[i : i + 65536] for i in range(0, values.size, 65536)]
-        return float(sum(np.dot(block.astype(np.float64), block.astype(np.float64)) for block in blocks))
+    """In float64, block by block."""
+    blocks = (values[i : i + 65536].astype(np.float64) for i in range(0, values.size, 65536))
+    return float(sum(np.dot(block, block) for block in blocks))
 
 
 @dataclass

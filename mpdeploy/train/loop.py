@@ -17,7 +17,7 @@ from torch import nn
 
 from mpdeploy.artifact import Dataset
 from mpdeploy.config import TrainConfig
-from mpdeploy.errors import TrainingDivergedError
+from mpdeploy.errors import ConfigError, DataError, TrainingDivergedError
 from mpdeploy.train.checkpoint import load_state, save_state
 from mpdeploy.train.precision import PrecisionChoice, autocast
 from mpdeploy.user_code import user_call
@@ -51,8 +51,6 @@ def make_model(config: TrainConfig, device: str) -> nn.Module:
     torch.manual_seed(config.seed)
     model = user_call(config.model)
     if not isinstance(model, nn.Module):
-        from mpdeploy.errors import ConfigError
-
         raise ConfigError(f"train.model() returned {type(model).__name__}, expected torch.nn.Module.")
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if config.channels_last else model
@@ -182,8 +180,8 @@ class _Training:
         """Forward and backward; gradients are unscaled and clipped when this returns."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.choice):
-            outputs = user_call(self.model, inputs)
-        loss = user_call(self.loss, outputs.float(), labels)
+            outputs = _answer(self.model, inputs)
+        loss = user_call(self.loss, outputs, labels)
         self.scaler.scale(loss).backward()
         if self.config.max_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -209,7 +207,7 @@ class _Training:
         self.model.eval()
         inputs, labels = self.stopping
         with autocast(self.choice):
-            outputs = user_call(self.model, self._laid_out(inputs)).float()
+            outputs = _answer(self.model, self._laid_out(inputs))
         loss = float(user_call(self.loss, outputs, labels))
         correct = (outputs.argmax(-1) == labels).double().mean() if outputs.ndim == 2 else torch.tensor(math.nan)
         return loss, float(correct)
@@ -252,6 +250,14 @@ class _Training:
         self.epochs_since_best = state["epochs_since_best"]
 
 
+def _answer(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """What the user's model answers, in FP32."""
+    outputs = user_call(model, inputs)
+    if not isinstance(outputs, torch.Tensor):
+        raise ConfigError(f"train.model answered {type(outputs).__name__}, training expects one tensor.")
+    return outputs.float()
+
+
 def _rate(schedule: str, step: int, total: int) -> float:
     """The learning rate's factor at a step."""
     share = min(step / max(total, 1), 1.0)
@@ -268,8 +274,6 @@ def _rate(schedule: str, step: int, total: int) -> float:
 
 def _tensors(dataset: Dataset, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     if len(dataset.inputs) != 1 or dataset.labels is None:
-        from mpdeploy.errors import DataError
-
         raise DataError(
             f"Training wants datasets with one input and labels, found inputs {list(dataset.inputs)} "
             f"and {'no ' if dataset.labels is None else ''}labels."
@@ -293,8 +297,8 @@ def gradients(
         torch.manual_seed(config.seed + len(found))  # dropout must drop the same values in both precisions
         optimizer.zero_grad(set_to_none=True)
         with autocast(choice):
-            outputs = user_call(model, inputs)
-        loss = user_call(loss_function, outputs.float(), labels)
+            outputs = _answer(model, inputs)
+        loss = user_call(loss_function, outputs, labels)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         found.append(

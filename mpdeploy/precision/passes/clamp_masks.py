@@ -8,8 +8,10 @@ import onnx_ir as ir
 from mpdeploy.precision.formats import FLOAT, HalfFormat
 from mpdeploy.precision.graph_index import all_graphs, constant_tensor
 
-CLAMPED = -32768.0
-"""Half of FP16's range: scores of up to +-32,000 can be added to it without reaching minus infinity."""
+CLAMPED = -30000.0
+"""A little less than half of FP16's range: twice of it, the widest margin for the tail, is still held, so what it is added to need
+not stay FP32 (where a wholly masked row would tell it from -3.4e38); and scores of up to 35,000 do not bring it to minus infinity.
+"""
 
 # Ops through which a sentinel may flow on its way to a Softmax without becoming anything but "very negative".
 _MOVES = frozenset(
@@ -45,7 +47,7 @@ class ClampMasksPass(ir.passes.InPlacePass):
       1. it is float32, its smallest value is finite and rounds to minus infinity in half;
       2. all its other values are 0, 1 or at least as negative as the format's range (a mask, not data);
       3. every path from it runs through ops that move, add or select values, and ends in Softmax or LogSoftmax.
-    exp(-32768 - max) is zero as exp(-3.4e38 - max) is; a row that is masked as a whole stays uniform instead of becoming NaN.
+    exp(-30000 - max) is zero as exp(-3.4e38 - max) is; a row that is masked as a whole stays uniform instead of becoming NaN.
     Only the FP16 format needs it; BF16 has the range of FP32.
     """
 

@@ -53,7 +53,7 @@ class ConvertConstantsPass(ir.passes.InPlacePass):
                 value.const_value = converted
             else:
                 _set_constant(node, converted)
-            value.dtype = half.onnx
+            value.type = ir.TensorType(half.onnx)  # a clone shares type objects: never change one in place
             return True
         fresh = self._assignment.fresh_name
         name = fresh(f"{value.name}_{half.onnx.name.lower()}")
@@ -69,7 +69,7 @@ class ConvertConstantsPass(ir.passes.InPlacePass):
             twin = ir.node("Constant", [], name=fresh(f"{node.name}_{half.onnx.name.lower()}") if node.name else None)
             _set_constant(twin, half_tensor(tensor, half, name))
             copy = twin.outputs[0]
-            copy.name, copy.dtype = name, half.onnx
+            copy.name, copy.type = name, ir.TensorType(half.onnx)
             graph.insert_after(node, twin)
         for user, position in half_uses:
             user.replace_input_with(position, copy)

@@ -49,7 +49,7 @@ class InsertCastsPass(ir.passes.InPlacePass):
         is_half = ask.gives_half(value)
         retyped = is_half and value.dtype != ask.half.onnx
         if retyped:
-            value.dtype = ask.half.onnx
+            value.type = ir.TensorType(ask.half.onnx)  # a clone shares type objects: never change one in place
             if value.const_value is not None and value.is_graph_input():  # an input's default follows its type
                 value.const_value = half_tensor(value.const_value, ask.half, value.name)
         # nodes that the index does not know are the casts of an earlier call
@@ -90,7 +90,7 @@ class InsertCastsPass(ir.passes.InPlacePass):
         label = f"{value.name}_to_{dtype.name.lower()}"
         cast = ir.node("Cast", [value], {"to": int(dtype)}, name=self._assignment.fresh_name(f"Cast_{label}"))
         made = cast.outputs[0]
-        made.name, made.dtype, made.shape = self._assignment.fresh_name(label), dtype, value.shape
+        made.name, made.type, made.shape = self._assignment.fresh_name(label), ir.TensorType(dtype), value.shape
         producer = value.producer()
         if producer is not None:
             graph = producer.graph

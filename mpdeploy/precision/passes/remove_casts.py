@@ -38,7 +38,11 @@ class RemoveNoOpCastsPass(ir.passes.InPlacePass):
                 if index.dtypes.get(source) not in (ir.DataType.FLOAT, ir.DataType.DOUBLE):
                     continue  # half -> int -> half truncates
                 source = origin
+            before = source.producer()
+            takes_its_place = before is not None and before.op_type == "Cast" and len(source.uses()) == 1
             made.replace_all_uses_with(source)
+            if before is not None and takes_its_place and source is node.inputs[0] and not source.is_graph_output():
+                before.name, source.name = node.name, made.name  # the names of the file that was given survive
             removed.append(node)
         widened = {node.inputs[0].producer() for node in removed if node.inputs[0] is not None}
         for node in removed:
