@@ -4,6 +4,7 @@ The command line calls the functions named here; nothing is imported until one o
 
     run(pipeline, path)            train-and-export
     convert(model, data=...)       FP32 ONNX -> mixed precision
+    search_model(model, data=...)  the smallest FP32 keep-list that meets a gate
     emulate(model)                 a mixed model that rounds as half hardware does, on a CPU
     compare, bench, inspect        drift, latency and precision of models and engines
     build(model, engine=...)       an engine
@@ -21,6 +22,7 @@ _WHERE = {
     "run": "mpdeploy.train_and_export",
     "gate": "mpdeploy.train_and_export",
     "convert": "mpdeploy.conversion",
+    "search_model": "mpdeploy.searching",
     "emulate": "mpdeploy.precision.emulate",
     "compare": "mpdeploy.comparison",
     "bench": "mpdeploy.comparison",

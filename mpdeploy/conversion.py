@@ -16,10 +16,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from mpdeploy.data_files import FeedSet, load_feeds
-from mpdeploy.emulated_runs import emulated_drift, feed_of_worst_sample, measure_ranges, opener
+from mpdeploy.data_files import FeedSet, load_feeds, load_labels
+from mpdeploy.emulated_runs import answers_of_both, emulated_drift, feed_of_worst_sample, measure_ranges, opener
 from mpdeploy.errors import GateFailedError, UsageError
 from mpdeploy.files import write_json
+from mpdeploy.measure.accuracy import metric_name, score
 from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.blame import Blame, blame_nodes
@@ -51,6 +52,8 @@ class Conversion:
         ranges: the statistics the plan rests on, or None.
         seconds: time it took.
         evaluations: passes of the emulated model over all samples.
+        blame: nodes by the drift they add, where that was asked for.
+        search: what a search for the keep-list found, or None.
     """
 
     output: Path | None
@@ -60,8 +63,9 @@ class Conversion:
     warnings: tuple[str, ...] = ()
     ranges: Ranges | None = None
     seconds: float = 0.0
-    evaluations: int = 0
+    evaluations: float = 0
     blame: tuple[Blame, ...] = field(default_factory=tuple)
+    search: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `mpdeploy convert --json` prints."""
@@ -81,7 +85,7 @@ class Conversion:
             "ranges_from": self.plan.ranges_from,
             "evaluations": self.evaluations,
             "seconds": round(self.seconds, 3),
-        }
+        } | ({} if self.search is None else {"search": dict(self.search)})
 
 
 @contextlib.contextmanager
@@ -107,6 +111,9 @@ def convert(
     keep_io_names: Collection[str] = (),
     output: Path | None = None,
     max_drift: float | None = None,
+    metric: str | Callable[..., Any] | None = None,
+    labels: Path | None = None,
+    max_drop: float | None = None,
     amax: Mapping[str, float] | None = None,
     progress: Progress = lambda _: None,
     disabled_rules: Collection[str] = (),
@@ -123,6 +130,9 @@ def convert(
         keep_io_names: these inputs and outputs stay FP32.
         output: where to write; None writes nothing.
         max_drift: largest relative L2 drift of the worst output; the lost-signal limit always applies.
+        metric: a row of `measure.accuracy.METRICS`, or a function of (outputs, labels); its mean may fall by `max_drop`.
+        labels: an `.npz` with one array, for the metric.
+        max_drop: see `metric`.
         amax: tensor name -> largest magnitude recorded in training.
         progress: told what is being done.
         disabled_rules: range rules to leave out (to show what each is for).
@@ -137,6 +147,10 @@ def convert(
     half = formats.FORMATS[precision]
     progress("reading")
     _refuse_unknown_rules(disabled_rules)
+    if (metric is None) != (max_drop is None) or (labels is not None and metric is None):
+        raise UsageError(
+            "--metric, --max-drop and --labels go together.", hint="--labels y.npz --metric top1 --max-drop 0.2pt"
+        )
     loaded = load_model(model)
     warnings = _refuse_double_output(model, output)
     feeds = None
@@ -195,6 +209,8 @@ def convert(
                     )
                 )
                 raise _drift_error(drift, limit, blame, max_drift is not None)
+            if metric is not None:
+                _check_metric(model, mixed, feeds, metric, labels, max_drop)
         elif max_drift is not None:
             raise UsageError("--max-drift needs --data to measure drift on.", hint="add --data calib.npz")
         if output is not None:
@@ -211,6 +227,25 @@ def convert(
         evaluations=evaluations,
         blame=blame,
     )
+
+
+def _check_metric(
+    model: Path,
+    mixed: ir.Model,
+    feeds: FeedSet,
+    metric: str | Callable[..., Any],
+    labels: Path | None,
+    max_drop: float | None,
+) -> None:
+    known = None if labels is None else load_labels(labels)
+    golden, found = (score(metric, outputs, known) for outputs in answers_of_both(model, mixed, feeds))
+    drop = float(golden.mean() - found.mean())
+    if not drop <= (max_drop or 0.0):
+        raise GateFailedError(
+            f"{metric_name(metric)} falls by {drop:.4g} (from {golden.mean():.4g} to {found.mean():.4g}), "
+            f"the limit is {max_drop:g}. Nothing was written.",
+            hint="let --search find the smallest keep-list, or try --precision bf16",
+        )
 
 
 def _refuse_unknown_rules(names: Collection[str]) -> None:

@@ -108,6 +108,20 @@ def emulated_drift(reference: Path, mixed: ir.Model, feeds: FeedSet) -> DriftRep
     return meter.report()
 
 
+def answers_of_both(reference: Path, mixed: ir.Model, feeds: FeedSet) -> tuple[dict[str, Array], dict[str, Array]]:
+    """All answers of the FP32 model and of the mixed one, emulated: output name -> [num_samples, ...]."""
+    parts: tuple[dict[str, list[Array]], dict[str, list[Array]]] = ({}, {})
+    with _reference_runner(reference) as fp32, emulated_runner(mixed) as half:
+        float_inputs = {spec.name for spec in half.inputs if spec.dtype == "float32"}
+        for feed in feeds:
+            both = (fp32.infer(feed), half.infer(_widened(feed, float_inputs)))
+            for collected, answers in zip(parts, both, strict=True):
+                for name, array in tensors_of(answers).items():
+                    collected.setdefault(name, []).append(array)
+    golden, found = ({name: np.concatenate(arrays) for name, arrays in collected.items()} for collected in parts)
+    return golden, found
+
+
 @contextlib.contextmanager
 def _reference_runner(path: Path) -> Iterator[ort_engine.OrtRunner]:
     """The FP32 model as it is; where node names repeat (valid ONNX, which ONNX Runtime refuses), with numbers behind them."""

@@ -73,6 +73,13 @@ def verdict_markup(verdict: str) -> str:
     return f"[{colour}]{verdict}[/]"
 
 
+def plain(text: object) -> str:
+    """A text that stands beside markup, as it is: brackets in a path, a name or a hint style nothing."""
+    from rich.markup import escape
+
+    return escape(str(text))
+
+
 def human_bytes(count: float) -> str:
     """1234567 -> '1.2 MB'."""
     for unit in ("B", "kB", "MB"):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpdeploy.cli.common import Json, OptionalData, console, emit, number, table
+from mpdeploy.cli.common import Json, OptionalData, console, emit, number, plain, table
 
 
 def convert(
@@ -24,6 +24,22 @@ def convert(
         float | None,
         typer.Option(metavar="REL_L2", help="Largest emulated relative L2 drift; above it: exit 10, no file."),
     ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Find the smallest keep-list that meets --max-drift, or --metric and --max-drop."
+        ),
+    ] = False,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", metavar="FILE.npz", help="One array: a label a sample, for --metric.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option("--metric", metavar="NAME", help="A task metric, for example top1.")
+    ] = None,
+    max_drop: Annotated[
+        str | None, typer.Option("--max-drop", metavar="X", help="How much the metric may fall: 0.2pt, or 0.002.")
+    ] = None,
+    cost: Annotated[str, typer.Option(help="What --search makes small: traffic, or nodes.")] = "traffic",
     keep_io: Annotated[bool, typer.Option("--keep-io", help="All inputs and outputs stay FP32.")] = False,
     keep_io_name: Annotated[
         list[str] | None, typer.Option("--keep-io-name", metavar="NAME", help="This input or output stays FP32.")
@@ -40,23 +56,43 @@ def convert(
     from mpdeploy.conversion import convert as run_conversion
     from mpdeploy.conversion import record_conversion
     from mpdeploy.errors import UsageError
+    from mpdeploy.run_dir import RunDir
+    from mpdeploy.search_conversion import convert_searched
+    from mpdeploy.searching import parse_drop
 
+    if search and data is None:
+        raise UsageError("--search needs --data to measure drift on.", hint="add --data calib.npz")
+    if cost not in ("traffic", "nodes"):
+        raise UsageError(
+            f"--cost {cost}: there is no such cost.", hint="give traffic or nodes; a profile goes through the API"
+        )
     if precision not in ("fp16", "bf16"):
         raise UsageError(f"--precision {precision}: there is no such half precision.", hint="give fp16 or bf16")
     target = output or (
         run / "30-convert" / f"model.{precision}.onnx" if run else model.with_suffix(f".{precision}.onnx")
     )
+    if run is not None:
+        with RunDir.create(run) as directory:  # before anything is written into it: a foreign folder is refused
+            directory.set_header(model=str(model))
     err = console()
     with err.status("") as status:
-        done = run_conversion(
-            model, data=data, keep=keep or (), precision=precision, keep_io=keep_io,  # type: ignore[arg-type]
-            keep_io_names=keep_io_name or (), output=target, max_drift=max_drift,
-            progress=lambda text: status.update(f"{model.name}: {text}"),
-        )  # fmt: skip
+        common: dict[str, Any] = {
+            "data": data, "keep": keep or (), "precision": precision, "keep_io": keep_io, "keep_io_names": keep_io_name or (),
+            "output": target, "max_drift": max_drift, "metric": metric, "labels": labels,
+            "max_drop": None if max_drop is None else parse_drop(max_drop),
+            "progress": lambda text: status.update(f"{model.name}: {text}"),
+        }  # fmt: skip
+        if search:
+            done = convert_searched(
+                model, **common, cost=cost, state=target.with_suffix(".search"),
+                on_progress=lambda now: status.update(f"{model.name}: {_search_line(now)}"),
+            )  # fmt: skip
+        else:
+            done = run_conversion(model, **common)
     if run is not None:
         record_conversion(run, model, done)
     for warning in done.warnings:
-        err.print(f"[yellow]warning:[/] {warning}")
+        err.print(f"[yellow]warning:[/] {plain(warning)}")
     document = done.to_json()
     if as_json:
         emit(document)
@@ -64,21 +100,28 @@ def convert(
         _show(document)
 
 
+def _search_line(now: Any) -> str:
+    best = "none yet" if now.best is None else f"{now.best} kept, drift {now.best_drift:.2g}"
+    left = "" if now.seconds_left is None else f", about {now.seconds_left:.0f} s left"
+    return f"{now.phase}: {now.evaluations:.1f} evaluations, best so far: {best}{left}"
+
+
 def _show(document: dict[str, Any]) -> None:
     out = console(stderr=False)
     out.print(
         f"{document['output']}: {document['half_nodes']} of {document['nodes']} nodes in {document['precision']}, "
-        f"{len(document['kept'])} kept in FP32, {document['casts']} casts, {document['seconds']:.2g} s"
+        f"{len(document['kept'])} kept in FP32, {document['casts']} casts, {document['seconds']:.2g} s",
+        markup=False,
     )
     for note in document["notes"]:
         out.print(f"note: {note}", markup=False)
     if document["kept"]:
         rows = table("kept in FP32", "op", "why")
         for entry in document["kept"][:40]:
-            rows.add_row(entry["node"], entry["op"], entry["reason"])
+            rows.add_row(plain(entry["node"]), entry["op"], plain(entry["reason"]))
         out.print(rows)
         if len(document["kept"]) > 40:
-            out.print(f"... and {len(document['kept']) - 40} more: mpdeploy inspect {document['output']}")
+            out.print(f"... and {len(document['kept']) - 40} more: mpdeploy inspect {document['output']}", markup=False)
     if document["drift"] is not None:
         rows = table(
             "emulated drift of",
@@ -90,7 +133,7 @@ def _show(document: dict[str, Any]) -> None:
         )
         for name, drift in document["drift"].items():
             rows.add_row(
-                name,
+                plain(name),
                 number(drift["rel_l2"]),
                 number(drift["max_abs"]),
                 f"{drift['cosine']:.6f}",

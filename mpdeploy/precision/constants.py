@@ -40,6 +40,13 @@ class ConstantFault:
 
 def examine(tensor: ir.TensorProtocol, half: HalfFormat) -> ConstantFault | None:
     """Find out whether rounding `tensor` to `half` loses what matters; None where it does not."""
+    fault = _examine(tensor, half)
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # mapped pages count as memory until they are let go
+    return fault
+
+
+def _examine(tensor: ir.TensorProtocol, half: HalfFormat) -> ConstantFault | None:
     array = np.asarray(tensor.numpy(), dtype=np.float32)
     if array.size == 0:
         return None

@@ -16,8 +16,8 @@ from mpdeploy.errors import ModelError
 from mpdeploy.files import cannot_write
 from mpdeploy.precision.graph_index import all_graphs
 
-EXTERNAL_FROM_BYTES = 1_800_000_000
-"""Above this a model's weights go into a file of their own: protobuf ends at 2 GiB."""
+EXTERNAL_FROM_BYTES = 1_000_000_000
+"""Above this a model's weights go into a file of their own: protobuf ends at 2 GiB, and takes thrice a file's size to read and write."""
 SCRATCH_EXTERNAL_FROM_BYTES = 1_000_000
 OPSETS = range(9, 26)
 

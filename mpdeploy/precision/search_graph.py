@@ -41,8 +41,16 @@ MOVES = frozenset(
         "Expand",
         "Tile",
         "Gather",
+        "GatherElements",
+        "GatherND",
+        "DepthToSpace",
+        "SpaceToDepth",
+        "Neg",
+        "Abs",
+        "Relu",
+        "MaxPool",
+        "GlobalMaxPool",
     ]
-    + ["GatherElements", "GatherND", "DepthToSpace", "SpaceToDepth", "Neg", "Abs", "Relu", "MaxPool", "GlobalMaxPool"]
 )
 """Ops with one float input (the first) that give back its values: rounding before or after them is the same."""
 
@@ -205,8 +213,7 @@ class _Builder:
             after = np.asarray(half_tensor(tensor, self.half, value.name).numpy()).astype(np.float32)
             if not np.array_equal(before, after, equal_nan=True):
                 changed[position] = ir.tensor(after, name=f"{value.name}.rounded")
-                error = np.linalg.norm((after - before).astype(np.float64)) ** 2
-                worst = max(worst, float(error / max(np.linalg.norm(before.astype(np.float64)) ** 2, 1e-300)))
+                worst = max(worst, _relative_energy(before, after))
         return (changed, worst) if changed else None
 
     # putting the switches in
@@ -302,16 +309,24 @@ class _Builder:
         first = next(iter(graph))
         opset = graph.opset_imports.get("", 18)
         if opset >= 13:
-            sizes = ir.val(
-                f"{FLAGS}.sizes", const_value=ir.tensor(np.ones(len(self.flags), np.int64), name=f"{FLAGS}.sizes")
+            # a node and no initialiser: those may be written beside the model, where shape inference does not look
+            sizes = ir.node("Constant", [], {"value_ints": [1] * len(self.flags)}, name=f"{FLAGS}.sizes")
+            _declare(sizes.outputs[0], f"{FLAGS}.sizes", ir.DataType.INT64)
+            graph.insert_before(first, sizes)
+            split = ir.node(
+                "Split", [fed, sizes.outputs[0]], {"axis": 0}, outputs=self.flags, name="mpdeploy.split_flags"
             )
-            graph.register_initializer(sizes)
-            split = ir.node("Split", [fed, sizes], {"axis": 0}, outputs=self.flags, name="mpdeploy.split_flags")
         else:
             split = ir.node(
                 "Split", [fed], {"axis": 0, "split": [1] * len(self.flags)}, outputs=self.flags, name="mpdeploy.split"
             )
         graph.insert_before(first, split)
+
+
+def _relative_energy(before: NDArray[np.float32], after: NDArray[np.float32]) -> float:
+    energy = float(np.sum(np.square(before, dtype=np.float64), where=np.isfinite(before)))
+    error = float(np.sum(np.square(after.astype(np.float64) - before), where=np.isfinite(before)))
+    return error / energy if energy > 0 else 0.0
 
 
 def _declare(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None = None) -> None:

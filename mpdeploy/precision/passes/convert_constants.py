@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
@@ -85,14 +87,20 @@ def _set_constant(node: ir.Node, tensor: ir.TensorProtocol) -> None:
 def half_tensor(tensor: ir.TensorProtocol, half: HalfFormat, name: str | None) -> ir.TensorProtocol:
     """The tensor in half precision, rounded to nearest even; converted when it is read. A bound that overflows saturates."""
 
-    def convert() -> ir.TensorProtocol:
+    def rounded() -> np.ndarray[Any, Any]:
         array = np.asarray(tensor.numpy(), dtype=np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
-            rounded = array.astype(half.numpy)
-        lost = np.isfinite(array) & ~np.isfinite(rounded)
+            narrow = array.astype(half.numpy)
+        lost = np.isfinite(array) & ~np.isfinite(narrow)
         if lost.any():  # only constants the plan found harmless get here (a bound of Clip)
-            rounded = np.where(lost, np.copysign(half.max, array), array).astype(half.numpy)
-        return ir.Tensor(rounded, dtype=half.onnx, name=name)
+            narrow = np.where(lost, np.copysign(half.max, array), array).astype(half.numpy)
+        return narrow
+
+    def convert() -> ir.TensorProtocol:
+        made = ir.Tensor(rounded(), dtype=half.onnx, name=name)
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()  # mapped pages count as memory until they are let go
+        return made
 
     if tensor.nbytes <= 1024:
         return convert()

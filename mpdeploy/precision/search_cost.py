@@ -1,0 +1,217 @@
+"""What keep-lists cost, and the best one for each price: a parametric minimum cut.
+
+Each switch of the emulation (search_graph.py) is a rounding that happens as soon as one of its units is half, and adds a known energy.
+For a price p of energy, the best labelling minimises
+
+    sum of cost(u) over units in FP32 + casts + p * sum of energy(s) over switches that are thrown
+
+which is a minimum cut: exact, casts and shared tensors included, and units that only help together (a LayerNorm's pieces, a mask's
+chain, a residual stream) enter together. Raising p walks the lower convex hull of cost against energy, the predicted Pareto front.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from mpdeploy.errors import UsageError
+from mpdeploy.precision.borders import _arcs, _reaches_sink, half_units
+from mpdeploy.precision.flow import Flow, Unit
+from mpdeploy.precision.graph_index import GraphIndex
+from mpdeploy.precision.op_rules import COMPUTE_OPS
+from mpdeploy.precision.search_graph import Switch
+from mpdeploy.precision.search_types import Candidate, KeepSet
+
+CostKind = Literal["nodes", "traffic"]
+FLOPS_A_BYTE = 10.0
+"""FP32 operations in the time of one byte of memory traffic: 19.5 TFLOP/s beside 2 TB/s (A100; half is 16 times faster)."""
+MAX_CUTS = 160
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost of each unit in FP32, and of casts.
+
+    Attributes:
+        units: key -> cost.
+        cast: factor on the bytes that casts move.
+        name: `nodes`, `traffic` or `profile`.
+    """
+
+    units: Mapping[str, float]
+    cast: float
+    name: str
+
+
+def make_costs(
+    index: GraphIndex, flow: Flow, kind: CostKind | Mapping[str, float], size_of: Callable[[ir.Value], float]
+) -> Costs:
+    """Costs of a flow's units.
+
+    Args:
+        index: the model.
+        flow: its units.
+        kind: `nodes` (each 1), `traffic` (bytes that half saves, operations in byte equivalents, and the casts), or a measured profile:
+            node -> extra microseconds in FP32 (units that are not in it cost the smallest value there).
+        size_of: value -> number of elements.
+
+    Raises:
+        UsageError: an empty profile.
+    """
+    keys = [unit.key for unit in flow.units]
+    if isinstance(kind, str):
+        if kind == "nodes":
+            return Costs(dict.fromkeys(keys, 1.0), 0.0, "nodes")
+        return Costs({unit.key: _traffic(index, unit, size_of) for unit in flow.units}, 1.0, "traffic")
+    if not kind:
+        raise UsageError("The cost profile is empty.", hint="give {node: microseconds}, or 'traffic'")
+    least = min(value for value in kind.values())
+    return Costs({key: max(kind.get(key, least), 1e-9) for key in keys}, 0.0, "profile")
+
+
+def _traffic(index: GraphIndex, unit: Unit, size_of: Callable[[ir.Value], float]) -> float:
+    node = unit.node
+    if node is None or unit.key not in index.nodes:
+        return max(unit.gain, 1.0) if math.isfinite(unit.gain) else 1.0
+    values = [value for value in (*node.inputs, *node.outputs) if value is not None and index.is_float(value)]
+    cost = sum(2.0 * size_of(value) for value in values)
+    if node.op_type in COMPUTE_OPS:
+        cost += _operations(node, size_of) / FLOPS_A_BYTE
+    return max(cost, 1.0)
+
+
+def _operations(node: ir.Node, size_of: Callable[[ir.Value], float]) -> float:
+    out = size_of(node.outputs[0])
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if weight is None or weight.shape is None or not weight.shape:
+        return 2.0 * out
+    axes = [axis if isinstance(axis, int) else 16 for axis in weight.shape]
+    if node.op_type in ("Conv", "ConvTranspose"):
+        return 2.0 * out * math.prod(axes[1:])
+    return 2.0 * out * axes[-2 if len(axes) > 1 else 0]
+
+
+class FlowCosts:
+    """Labels keep-lists, prices them, and finds the best ones. Units that rules keep are fixed throughout."""
+
+    def __init__(self, flow: Flow, switches: Sequence[Switch], costs: Costs) -> None:
+        self.flow = flow
+        self.costs = costs
+        self.switches = list(switches)
+        self.rule_fixed = frozenset(unit.key for unit in flow.units if unit.fixed)
+        self.free = frozenset(
+            unit.key
+            for unit in flow.units
+            if not unit.fixed and (unit.node is None or ":out" not in unit.key or unit.gain > 0)
+        )
+        self._all = frozenset(unit.key for unit in flow.units)
+        self._half_at_most = self._all - self.rule_fixed
+
+    def half_keys(self, kept: KeepSet) -> frozenset[str]:
+        """The units that are half when exactly these are kept."""
+        return self._half_at_most - kept
+
+    def planned_half_keys(self, kept: KeepSet) -> frozenset[str]:
+        """The same in a plan: what would cost more in casts than it saves stays FP32 too, unless nodes are what is counted."""
+        if self.costs.name == "nodes":
+            return self.half_keys(kept)
+        flow = Flow([replace(unit, fixed=unit.fixed or unit.key in kept) for unit in self.flow.units])
+        flow.edges, flow.of_key = self.flow.edges, self.flow.of_key
+        return frozenset(half_units(flow))
+
+    def cost(self, kept: KeepSet) -> float:
+        """Of keeping exactly these, beyond what rules keep."""
+        half = self.half_keys(kept)
+        total = sum(self.costs.units[key] for key in self._all - half - self.rule_fixed)
+        if not self.costs.cast:
+            return total
+        units = self.flow.units
+        for edge in self.flow.edges:
+            made_half = not edge.always_float and units[edge.producer].key in half
+            taken_half = [units[taker].key in half for taker in edge.consumers]
+            crossing = (made_half and (edge.float_consumers or not all(taken_half))) or (
+                not made_half and any(taken_half)
+            )
+            total += self.costs.cast * 6.0 * edge.size * crossing
+        return total
+
+    def energy(self, energies: Mapping[str, float], kept: KeepSet) -> float:
+        """Of the switches that are thrown."""
+        half = self.half_keys(kept)
+        return sum(energies[s.name] for s in self.switches if any(key in half for key in s.needs))
+
+    def marginals(self, energies: Mapping[str, float], kept: KeepSet) -> dict[str, float]:
+        """Energy of the switches that one kept unit alone holds back, together with the others."""
+        half = self.half_keys(kept)
+        found = dict.fromkeys(kept, 0.0)
+        for switch in self.switches:
+            if not any(key in half for key in switch.needs):
+                for key in switch.needs:
+                    if key in found:
+                        found[key] += energies[switch.name]
+        return found
+
+    def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
+        """Every keep-list on the lower convex hull of cost against energy, from `hard` alone to everything."""
+        live = [s for s in self.switches if energies[s.name] > 0 and not self.rule_fixed.issuperset(s.needs)]
+        least = frozenset(hard)
+        found: dict[KeepSet, tuple[float, float]] = {least: self._price(least, live, energies)}
+        everything = self._cut(math.inf, least, live, energies)
+        found[everything] = self._price(everything, live, energies)
+        queue = [(least, everything)]
+        cuts = 0
+        while queue and cuts < MAX_CUTS:
+            a, b = queue.pop(0)
+            (cost_a, energy_a), (cost_b, energy_b) = found[a], found[b]
+            if energy_a - energy_b <= 1e-12 * max(energy_a, 1e-300) or cost_b <= cost_a:
+                continue
+            cuts += 1
+            middle = self._cut((cost_b - cost_a) / (energy_a - energy_b), least, live, energies)
+            if middle not in found:
+                found[middle] = self._price(middle, live, energies)
+                if energy_b < found[middle][1] < energy_a:
+                    queue += [(a, middle), (middle, b)]
+        found.setdefault(self.free, self._price(self.free, live, energies))
+        order = sorted(found, key=lambda kept: (found[kept][0], -found[kept][1]))
+        front: list[Candidate] = []
+        for kept in order:
+            if not front or found[kept][1] < front[-1].energy or kept == self.free:
+                front.append(Candidate(kept, found[kept][1], found[kept][0]))
+        return front
+
+    def _price(self, kept: KeepSet, live: Sequence[Switch], energies: Mapping[str, float]) -> tuple[float, float]:
+        fp32 = kept | self.rule_fixed
+        energy = sum(energies[s.name] for s in live if not fp32.issuperset(s.needs))
+        return sum(self.costs.units[key] for key in kept), energy
+
+    def _cut(self, price: float, hard: KeepSet, live: Sequence[Switch], energies: Mapping[str, float]) -> KeepSet:
+        """The best FP32 set at a price of energy."""
+        if math.isinf(price):  # everything that any live switch needs
+            return hard | frozenset(key for s in live for key in s.needs if key in self.free)
+        units = [
+            replace(unit, gain=self.costs.units[unit.key], fixed=unit.fixed or unit.key in hard)
+            for unit in self.flow.units
+        ]
+        flow = Flow(units, [replace(edge, size=edge.size * self.costs.cast) for edge in self.flow.edges])
+        fixed = {number for number, unit in enumerate(units) if unit.fixed}
+        arcs = [arc for arc in _arcs(flow, fixed) if arc[2] > 0]
+        count = len(units) + 2 * len(flow.edges)
+        total = sum(self.costs.units[unit.key] for unit in units) + 1e-9
+        for switch in live:
+            needs = [self.flow.of_key[key] for key in switch.needs if self.flow.of_key[key] not in fixed]
+            paid = min(price * energies[switch.name], total)
+            if len(needs) == 1:
+                arcs.append((needs[0], -2, paid))
+            elif needs:
+                arcs.append((count, -2, paid))
+                arcs += [(need, count, np.inf) for need in needs]
+                count += 1
+        side = _reaches_sink(arcs, count)
+        return hard | frozenset(
+            unit.key for number, unit in enumerate(units) if number in side and unit.key in self.free
+        )

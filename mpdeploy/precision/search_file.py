@@ -1,0 +1,159 @@
+"""The keep-list that a search writes: readable, editable, accepted by `--keep @FILE`, and found again after a re-export.
+
+Names end in numbers that move when anything before them changes. So each entry also says what the node is and where it stands: op, module
+scopes, and what feeds it and takes from it. `rematch` finds by name first, and by that where the name is gone or means another node.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
+from mpdeploy.precision.keep_list import scopes_of
+from mpdeploy.precision.plan import Reason
+from mpdeploy.precision.search import SearchAnswer
+
+FORMAT = "mpdeploy keep-list 1"
+_NUMBER = re.compile(r"(?<=[^\d])\d+$")
+
+
+def entry_of(index: GraphIndex, unit: str, reasons: Sequence[Reason], answer: SearchAnswer) -> dict[str, Any]:
+    """One line of the keep-list.
+
+    Args:
+        index: the model.
+        unit: a node's id, or `input:NAME`, `output:NAME`.
+        reasons: why it is kept.
+        answer: holds the proof, from which the drift contributed is taken.
+    """
+    proof = next((proof for proof in answer.proofs if proof.unit == unit), None)
+    node = index.nodes.get(unit)
+    entry: dict[str, Any] = {
+        "node": unit,
+        "op": node.op_type if node is not None else unit.split(":", 1)[0],
+        "reason": "; ".join(map(str, reasons)),
+    }
+    if proof is not None and proof.samples:
+        drift = answer.evaluation.drift
+        entry["drift_without"] = proof.drift_without
+        entry["drift_contributed"] = math.sqrt(max(proof.drift_without**2 - drift**2, 0.0))
+    if node is not None:
+        entry["place"] = place_of(index, node)
+    return entry
+
+
+def place_of(index: GraphIndex, node: ir.Node) -> dict[str, Any]:
+    """What a node is and where it stands, without names that an exporter numbers."""
+    scopes = scopes_of(node)[:-1]
+    return {
+        "scope": scopes[-1] if scopes else "",
+        "inputs": [_neighbour(index, value) for value in node.inputs],
+        "outputs": sorted(user.op_type for value in node.outputs for user, _ in value.uses()),
+        "nth": _nth(index, node),
+    }
+
+
+def _neighbour(index: GraphIndex, value: ir.Value | None) -> str:
+    if value is None:
+        return "-"
+    if index.is_constant(value):
+        tensor = constant_tensor(value)
+        shape = "x".join(map(str, tensor.shape)) if tensor is not None and len(tensor.shape) else "scalar"
+        return f"constant {shape}"
+    producer = value.producer()
+    return f"input {value.name}" if producer is None else producer.op_type
+
+
+def _nth(index: GraphIndex, node: ir.Node) -> int:
+    """Its number among the nodes of the same op and scope, in the order of the graph."""
+    scopes = scopes_of(node)[:-1]
+    count = 0
+    for other in index.nodes.values():
+        if other is node:
+            return count
+        count += other.op_type == node.op_type and scopes_of(other)[:-1] == scopes
+    return count
+
+
+def keep_list_json(
+    entries: Iterable[Mapping[str, Any]], float_io: Sequence[str], search: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The document of a keep-list file."""
+    nodes = [dict(entry) for entry in entries if not str(entry["node"]).startswith(("input:", "output:"))]
+    return {"format": FORMAT, "keep": nodes, "float_io": list(float_io), "search": dict(search)}
+
+
+def rematch(index: GraphIndex, entries: Iterable[Mapping[str, Any] | str]) -> list[tuple[str, str]]:
+    """(pattern, note) pairs for `match_keep_list`, with the names of nodes that were renumbered brought up to date.
+
+    An entry whose name is there and fits its op stays as it is. Else the node with the same op, module scope and neighbours is taken; of
+    several, the one with the same number among its like. An entry that fits nothing keeps its name, so that `match_keep_list` reports it.
+
+    Args:
+        index: the model as it is now.
+        entries: the `keep` list of a file; plain strings are patterns.
+    """
+    found: list[tuple[str, str]] = []
+    taken = {str(entry["node"]) for entry in entries_of(entries) if _fits(index, entry)}
+    for entry in entries:
+        if isinstance(entry, str):
+            found.append((entry, ""))
+            continue
+        name, note = str(entry["node"]), str(entry.get("reason", ""))
+        if name not in taken:
+            moved = _moved(index, entry, taken)
+            if moved is not None:
+                taken.add(moved)
+                note = f"{note} (was {name})".strip()
+                name = moved
+        found.append((name, note))
+    return found
+
+
+def entries_of(entries: Iterable[Mapping[str, Any] | str]) -> list[Mapping[str, Any]]:
+    """The entries that are no plain patterns."""
+    return [entry for entry in entries if not isinstance(entry, str)]
+
+
+def _fits(index: GraphIndex, entry: Mapping[str, Any]) -> bool:
+    node = index.nodes.get(str(entry["node"]))
+    if node is None:
+        return False
+    place = entry.get("place")
+    if node.op_type != entry.get("op", node.op_type):
+        return False
+    if not isinstance(place, Mapping):
+        return True
+    now = place_of(index, node)
+    return bool(now["scope"] == place.get("scope") and now["inputs"] == place.get("inputs"))
+
+
+def _moved(index: GraphIndex, entry: Mapping[str, Any], taken: set[str]) -> str | None:
+    place = entry.get("place")
+    if not isinstance(place, Mapping):
+        return None
+    likely: list[tuple[tuple[int, ...], str]] = []
+    stem = _NUMBER.sub("", str(entry["node"]))
+    for node_id, node in index.nodes.items():
+        if node.op_type != entry.get("op") or node_id in taken:
+            continue
+        now = place_of(index, node)
+        same = (
+            int(now["scope"] == place.get("scope")),
+            int(now["inputs"] == place.get("inputs")),
+            int(now["outputs"] == place.get("outputs")),
+            int(now["nth"] == place.get("nth")),
+            int(_NUMBER.sub("", node_id) == stem),
+        )
+        if same[0] and (same[1] or (same[2] and same[3])):
+            likely.append((same, node_id))
+    if not likely:
+        return None
+    best = max(rank for rank, _ in likely)
+    names = [node_id for rank, node_id in likely if rank == best]
+    return names[0] if len(names) == 1 else None

@@ -1,0 +1,186 @@
+"""The additive part: from estimated energies to a keep-list that passes, is 1-minimal, and says what each unit is worth.
+
+find_prefix   bisection along the predicted Pareto front, each step placed by what the last measurement says of the prediction
+prune         gives back to half whatever the slack under the gate pays for
+prove         measures the drift without each kept unit; one that is not needed goes
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mpdeploy.precision.search_state import Ledger
+from mpdeploy.precision.search_types import Candidate, Evaluation, KeepSet
+
+DOUBTFUL = 12.0
+"""Evaluations that a proof short of them keeps for the units that look least needed."""
+MAX_PRUNE = 12
+"""Evaluations that pruning may take before the proof does the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a kept unit is worth.
+
+    Attributes:
+        unit: which.
+        drift_without: drift when it alone becomes half; infinite where that loses an output.
+        samples: how many samples that was measured on: all, or fewer where the failure was plain (or evaluations were short).
+        needed: whether the gate fails without it; False only where evaluations ran out before it could be tried.
+    """
+
+    unit: str
+    drift_without: float
+    samples: int
+    needed: bool
+
+
+def find_prefix(ledger: Ledger, front: Sequence[Candidate], *, is_known_to_fail: bool) -> tuple[Candidate, bool]:
+    """The cheapest candidate of a front that passes, and True; or the last one, and False, where none does.
+
+    Args:
+        ledger: what measures.
+        front: from cheapest to everything.
+        is_known_to_fail: the first candidate was measured already.
+    """
+    low, high = (0, len(front)) if is_known_to_fail else (-1, len(front))
+    ratio = _ratio(ledger.evaluate(front[0].kept), front[0]) if is_known_to_fail else 1.0
+    limit = ledger.limit**2
+    run_low = run_high = 0  # how often in a row the answer lay on one side: then step out twice as far, or bisect
+    while high - low > 1 + _tolerance(front, high):
+        guess = (low + high) // 2
+        if ledger.problem.gates_drift and max(run_low, run_high) < 5:
+            guess = next((i for i in range(low + 1, len(front)) if front[i].energy * ratio <= limit), len(front) - 1)
+            guess += (1 << run_low) - (1 << run_high)
+        guess = min(max(guess, low + 1), min(high, len(front)) - 1)
+        found = ledger.evaluate(front[guess].kept)
+        ratio = _ratio(found, front[guess])
+        if found.passes:
+            high, run_low, run_high = guess, 0, run_high + 1
+        else:
+            low, run_low, run_high = guess, run_low + 1, 0
+            if guess == len(front) - 1:
+                return front[-1], False
+    return front[high], True
+
+
+def _tolerance(front: Sequence[Candidate], high: int) -> int:
+    """Steps of the front that are left to pruning: one in a hundred of what is kept."""
+    return 0 if high >= len(front) else len(front[high].kept) // 100
+
+
+def _ratio(found: Evaluation, candidate: Candidate) -> float:
+    """Measured energy over the predicted one."""
+    if not math.isfinite(found.drift) or candidate.energy <= 0 or found.drift <= 0:
+        return 1.0
+    return min(max(found.drift**2 / candidate.energy, 1e-3), 1e3)
+
+
+def prune(ledger: Ledger, kept: KeepSet, hard: KeepSet, energies: Mapping[str, float]) -> KeepSet:
+    """Give back to half, by measurement, what the slack under the gate pays for; the result passes as `kept` does."""
+    landscape, problem = ledger.landscape, ledger.problem
+    assert landscape is not None
+    tries = failures = 0
+    while tries < MAX_PRUNE and failures < 3:
+        found = ledger.evaluate(kept)
+        marginals = landscape.marginals(energies, kept)
+        order = sorted((unit for unit in kept if unit not in hard), key=lambda unit: (marginals[unit], unit))
+        free = [unit for unit in order if marginals[unit] <= 0]
+        slack = ledger.limit**2 - found.drift**2 if problem.gates_drift else math.inf
+        predicted = landscape.energy(energies, kept)
+        scale = min(max(found.drift**2 / predicted, 0.1), 10.0) if predicted > 0 and found.drift > 0 else 1.0
+        batch, total = list(free), 0.0
+        for unit in order[len(free) :]:
+            total += scale * marginals[unit]
+            if total > slack or (not problem.gates_drift and len(batch) >= max(len(order) // 4, 1)):
+                break
+            batch.append(unit)
+        if not batch:
+            return kept
+        while batch and tries < MAX_PRUNE:
+            tries += 1
+            smaller = kept - frozenset(batch)
+            if ledger.evaluate(smaller).passes:
+                kept, failures = smaller, 0
+                break
+            failures += 1
+            batch = batch[: len(batch) // 2]
+        else:
+            return kept
+    return kept
+
+
+def prove(
+    ledger: Ledger,
+    kept: KeepSet,
+    hard: KeepSet,
+    energies: Mapping[str, float] | None,
+    *,
+    max_evaluations: float,
+    num_samples: int,
+) -> tuple[KeepSet, list[Proof]]:
+    """Measure the drift without each kept unit; whatever turns out not to be needed goes.
+
+    A hard cause that loses an output on one sample is shown by that. Where evaluations are short, all units are measured on some samples,
+    beside the kept set on the same samples (the difference of the two energies is what the unit adds), and those that look least needed
+    on all samples. A unit that goes makes the others more needed, not less: what was measured of them stands, as a lower bound.
+
+    Returns:
+        The kept set (1-minimal where every proof says `needed`), and one proof a unit in the order of what they are worth.
+    """
+    end = ledger.evaluations + max_evaluations
+    proofs: dict[str, Proof] = {}
+    marginals = (
+        ledger.landscape.marginals(energies, kept) if ledger.landscape is not None and energies is not None else {}
+    )
+    order = sorted(kept, key=lambda unit: (marginals.get(unit, math.inf), unit))
+    for unit in order:
+        proof = _when_lost(ledger, kept, unit, num_samples) if unit in hard else None
+        if proof is not None:
+            proofs[unit] = proof
+    order = [unit for unit in order if unit not in proofs]
+    left = end - ledger.evaluations
+    if len(order) > left:
+        share = (left - min(DOUBTFUL, left / 3)) / (len(order) + 1)
+        part = _spread(num_samples, max(1, int(share * num_samples)))
+        for unit in order:
+            affordable = ledger.evaluations + len(part) / num_samples <= end
+            proofs[unit] = _on_part(ledger, kept, unit, part, affordable=affordable)
+        order.sort(key=lambda unit: _sortable(proofs[unit].drift_without))
+    for unit in order:
+        if end - ledger.evaluations < 1.0:
+            break
+        found = ledger.evaluate(kept - {unit})
+        if found.passes and ledger.confirm(kept - {unit}):
+            kept = kept - {unit}
+            proofs.pop(unit, None)
+        else:
+            looked = max(1, round(found.share * num_samples))
+            proofs[unit] = Proof(unit, found.drift, looked, needed=True)
+    return kept, sorted(proofs.values(), key=lambda proof: -_sortable(proof.drift_without))
+
+
+def _spread(num_samples: int, count: int) -> tuple[int, ...]:
+    """Samples from all over the data; a single one from its middle."""
+    return tuple(sorted({int((place + 0.5) * num_samples / count) for place in range(count)}))
+
+
+def _when_lost(ledger: Ledger, kept: KeepSet, unit: str, num_samples: int) -> Proof | None:
+    """A proof on one sample, where that is enough."""
+    without = ledger.evaluate(kept - {unit}, (num_samples // 2,), until="lost")
+    return Proof(unit, math.inf, 1, needed=True) if without.lost and not math.isfinite(without.drift) else None
+
+
+def _on_part(ledger: Ledger, kept: KeepSet, unit: str, part: tuple[int, ...], *, affordable: bool) -> Proof:
+    if not affordable:
+        return Proof(unit, math.nan, 0, needed=False)
+    whole, beside = ledger.evaluate(kept), ledger.evaluate(kept, part, until="lost")
+    without = ledger.evaluate(kept - {unit}, part, until="lost")
+    drift = math.sqrt(whole.drift**2 + max(without.drift**2 - beside.drift**2, 0.0))
+    return Proof(unit, drift, len(part), needed=drift > ledger.limit)
+
+
+def _sortable(drift: float) -> float:
+    return -1.0 if math.isnan(drift) else drift

@@ -1,0 +1,256 @@
+"""The ledger of a search: it counts, remembers, logs and replays every measurement, and holds the best answer so far.
+
+A search is deterministic for its seed, so resuming is replaying: the same steps are taken again, and what the log already holds is
+answered from it. The log is a text file with one JSON document a line, the first of which names the problem; a line that a kill
+cut short is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from mpdeploy.errors import UsageError
+from mpdeploy.files import cannot_write, digest_of_json, finite_json
+from mpdeploy.precision.search_types import (
+    Evaluation,
+    KeepSet,
+    Landscape,
+    OnProgress,
+    Problem,
+    SearchProgress,
+    SearchStoppedError,
+    Until,
+)
+
+LOG_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """A keep-list that met the gate on all samples."""
+
+    kept: KeepSet
+    evaluation: Evaluation
+    cost: float
+
+
+class Ledger:
+    """See the module's docstring. Use it as a context manager: it closes the log.
+
+    Args:
+        problem, landscape: what is measured.
+        log: where to keep the log, or None; a log of the same problem and seed is replayed.
+        seed: of the search.
+        max_evaluations, max_seconds: when to stop with the best answer so far.
+        on_progress: told after every measurement.
+
+    Raises:
+        UsageError: the log belongs to another problem.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        landscape: Landscape | None,
+        *,
+        log: Path | None = None,
+        seed: int = 0,
+        max_evaluations: float = math.inf,
+        max_seconds: float = math.inf,
+        on_progress: OnProgress = lambda _: None,
+    ) -> None:
+        self.problem = problem
+        self.landscape = landscape
+        self.evaluations = 0.0
+        self.by_phase: dict[str, float] = {}
+        self.replayed = 0
+        self.phase = "start"
+        self.expected: float | None = None
+        self.history: list[tuple[KeepSet, Evaluation]] = []
+        self._best: Best | None = None
+        self._known: dict[str, Any] = {}
+        self._item_number = {item: position for position, item in enumerate(landscape.items)} if landscape else {}
+        self._max_evaluations = max_evaluations
+        self._max_seconds = max_seconds
+        self._on_progress = on_progress
+        self._began = time.perf_counter()
+        self.limit = problem.limit
+        self._header = {"version": LOG_VERSION, "problem": problem.digest, "limit": problem.limit, "seed": seed}
+        self._path = log
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> Ledger:
+        if self._path is not None:
+            self._open(self._path)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    @property
+    def best(self) -> Best | None:
+        """The cheapest keep-list that met the gate so far."""
+        return self._best
+
+    @property
+    def seconds(self) -> float:
+        """Since the ledger was made."""
+        return time.perf_counter() - self._began
+
+    @property
+    def evaluations_left(self) -> float:
+        """Until the search is stopped."""
+        return self._max_evaluations - self.evaluations
+
+    def start(self, phase: str, expected: float | None = None) -> None:
+        """Name what follows, and how many evaluations it may take, for the progress display."""
+        self.phase, self.expected = phase, None if expected is None else self.evaluations + expected
+        self._tell()
+
+    def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
+        """Measure a keep-list; the same model is never measured twice.
+
+        Raises:
+            SearchStoppedError: time or evaluations are spent.
+        """
+        same = sorted(self.problem.canonical(kept))
+        key = "e" + digest_of_json([same, list(samples or ())])[:24]
+        memory = "m" + key
+        if memory in self._known:
+            found: Evaluation = self._judged(self._known[memory])
+            if samples is None and found.passes:
+                self._offer(kept, found)
+            return found
+        if key in self._known:
+            self.replayed += 1
+            found = self._judged(Evaluation.from_json(self._known.pop(key)))
+        else:
+            self._check()
+            found = self._judged(self.problem.evaluate(kept, samples, until=until))
+            self._write({"key": key, "phase": self.phase, "num_kept": len(kept), **found.to_json()})
+        self._known[memory] = found
+        self._count(found.share)
+        if samples is None:
+            self.history.append((kept, found))
+            if found.passes:
+                self._offer(kept, found)
+        self._tell()
+        return found
+
+    def _judged(self, found: Evaluation) -> Evaluation:
+        """Under the limit that is aimed at now."""
+        return replace(found, passes=found.passes and found.measured <= self.limit)
+
+    def confirm(self, kept: KeepSet) -> bool:
+        """Whether the thing itself meets the gate too; if it does not, a lower limit is aimed at from here on.
+
+        Raises:
+            SearchStoppedError: time or evaluations are spent.
+        """
+        key = "c" + digest_of_json(sorted(self.problem.canonical(kept)))[:24]
+        if key in self._known:
+            measured = float(self._known[key]["measured"])
+        else:
+            self._check()
+            measured = self.problem.confirm(kept)
+            self._known[key] = {"measured": measured}
+            self._write({"key": key, "phase": self.phase, "measured": measured})
+        confirmed = measured <= self.problem.limit * (1 + 1e-9)
+        if not confirmed and math.isfinite(measured):
+            found = self.evaluate(kept).measured
+            self.limit = min(self.limit * 0.99, 0.995 * found * self.problem.limit / measured)
+        if not confirmed and self._best is not None and self._best.kept == kept:
+            self._best = None
+        return confirmed
+
+    def probe(self, item: str, samples: Sequence[int]) -> float:
+        """Measure one part of the error on some samples; counts by their share.
+
+        Raises:
+            SearchStoppedError: time or evaluations are spent.
+        """
+        assert self.landscape is not None
+        key = f"p{self._item_number[item]}:{','.join(map(str, samples))}"
+        if key in self._known:
+            self.replayed += 1
+            energy = float(self._known[key]["energy"])
+        else:
+            self._check()
+            energy = self.landscape.probe(item, samples)
+            self._write({"key": key, "energy": energy})
+        self._count(len(samples) / self.landscape.num_samples)
+        self._tell()
+        return energy
+
+    def charge(self, evaluations: float) -> None:
+        """Count a pass that was made outside (the one that gives the injected errors)."""
+        self._count(evaluations)
+
+    def _offer(self, kept: KeepSet, found: Evaluation) -> None:
+        cost = self.problem.cost(kept)
+        if self._best is None or (cost, len(kept)) < (self._best.cost, len(self._best.kept)):
+            self._best = Best(kept, found, cost)
+
+    def _count(self, share: float) -> None:
+        self.evaluations += share
+        self.by_phase[self.phase] = self.by_phase.get(self.phase, 0.0) + share
+
+    def _check(self) -> None:
+        if self.evaluations >= self._max_evaluations:
+            raise SearchStoppedError(f"{self.evaluations:.0f} evaluations are spent")
+        if self.seconds >= self._max_seconds:
+            raise SearchStoppedError(f"{self.seconds:.0f} s are spent")
+
+    def _tell(self) -> None:
+        left = None
+        if self.expected is not None and self.evaluations > 0:
+            left = max(self.expected - self.evaluations, 0.0) * self.seconds / self.evaluations
+        best = self._best
+        self._on_progress(
+            SearchProgress(
+                self.phase,
+                self.evaluations,
+                None if best is None else len(best.kept),
+                None if best is None else best.evaluation.drift,
+                left,
+            )
+        )
+
+    def _open(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            whole = []
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    whole.append(json.loads(line))
+            if whole and whole[0] != json.loads(json.dumps(finite_json(self._header))):
+                raise UsageError(
+                    f"The search log {path} belongs to another model, data, gate or seed.",
+                    hint="give another --run folder, or remove the log to search anew",
+                )
+            self._known = {entry["key"]: entry for entry in whole[1:] if "key" in entry}
+            temporary = path.with_name(f".{path.name}.partial")
+            with temporary.open("w", encoding="utf-8") as file:
+                for entry in whole or [self._header]:
+                    file.write(json.dumps(finite_json(entry)) + "\n")
+            temporary.replace(path)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(finite_json(entry)) + "\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())

@@ -1,0 +1,161 @@
+"""What the search and the things it searches say to each other. It knows no model and no runtime: only this.
+
+A *unit* is something that may be kept in FP32 (a node, a graph input or output). A *problem* measures a keep-list. A *landscape*, where
+there is one, says what parts the error has, lets single parts be measured on some samples, and orders keep-lists by cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+KeepSet = frozenset[str]
+Until = Literal["gate", "lost"]
+"""What ends an evaluation early: a gate that plainly fails, or only a lost output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One keep-list, measured.
+
+    Attributes:
+        drift: relative L2 drift of the worst output over what was looked at; infinite where a value is not finite.
+        passes: whether the gate is met; only a look at all samples can say so.
+        lost: whether an output is lost: not finite, or beyond any use.
+        measured: what the gate looks at: the drift, or the drop of a metric.
+        share: how much of all samples was looked at, 0 to 1; less than 1 where a failure was plain before the end.
+    """
+
+    drift: float
+    passes: bool
+    lost: bool
+    measured: float
+    share: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the log."""
+        return {
+            "drift": self.drift,
+            "passes": self.passes,
+            "lost": self.lost,
+            "measured": self.measured,
+            "share": self.share,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Evaluation:
+        """Read what `to_json` wrote."""
+        return cls(
+            float(value["drift"]),
+            bool(value["passes"]),
+            bool(value["lost"]),
+            float(value["measured"]),
+            float(value["share"]),
+        )
+
+
+class Problem(Protocol):
+    """What can be measured."""
+
+    @property
+    def units(self) -> Sequence[str]:
+        """Everything that may be kept, in the order of the graph."""
+
+    @property
+    def limit(self) -> float:
+        """The gate: the largest `Evaluation.measured` that passes."""
+
+    @property
+    def gates_drift(self) -> bool:
+        """Whether `measured` is the drift, so that it can be predicted."""
+
+    @property
+    def digest(self) -> str:
+        """Changes with anything that changes an answer; a log of another problem is not replayed."""
+
+    def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
+        """Measure a keep-list on all samples, or on these only; it may stop early, as soon as the gate fails or an output is lost."""
+
+    def canonical(self, kept: KeepSet) -> KeepSet:
+        """The same for all keep-lists that lead to the same model, so that none is measured twice."""
+
+    def confirm(self, kept: KeepSet) -> float:
+        """What the gate looks at, of the thing itself where `evaluate` measures a stand-in of it; 0 where it does not."""
+
+    def cost(self, kept: KeepSet) -> float:
+        """What keeping these costs, casts included."""
+
+    def suspicion(self) -> Mapping[str, float]:
+        """Unit -> probability that it cannot be half at all, where something is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A keep-list on the Pareto front that a landscape predicts: `energy` is the predicted squared drift."""
+
+    kept: KeepSet
+    energy: float
+    cost: float
+
+
+class Landscape(Protocol):
+    """The error's parts. Energies are squared relative L2 drifts: what adds up."""
+
+    @property
+    def items(self) -> Sequence[str]:
+        """The parts: roundings of a tensor or of constants."""
+
+    @property
+    def injected(self) -> Mapping[str, float]:
+        """Item -> relative squared error that rounding puts in there; 0 for a rounding that changes nothing."""
+
+    @property
+    def num_samples(self) -> int:
+        """That probes may use."""
+
+    @property
+    def samples_a_probe(self) -> int:
+        """How many of them a probe takes."""
+
+    @property
+    def max_probes(self) -> float:
+        """How many probes are worth their time."""
+
+    def probe(self, item: str, samples: Sequence[int]) -> float:
+        """The energy at the outputs when this rounding alone happens, on these samples."""
+
+    def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
+        """Keep-lists that hold `hard`, from the cheapest to everything, each the best predicted for its cost."""
+
+    def marginals(self, energies: Mapping[str, float], kept: KeepSet) -> dict[str, float]:
+        """Kept unit -> energy that is added when it alone becomes half."""
+
+    def energy(self, energies: Mapping[str, float], kept: KeepSet) -> float:
+        """Predicted squared drift of a keep-list."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchProgress:
+    """What a progress display shows.
+
+    Attributes:
+        phase: what is being done.
+        evaluations: passes over all samples so far; probes count by their share.
+        best: size of the smallest keep-list that passed so far, or None.
+        best_drift: its drift.
+        seconds_left: estimated; None where that cannot be said.
+    """
+
+    phase: str
+    evaluations: float
+    best: int | None
+    best_drift: float | None
+    seconds_left: float | None
+
+
+OnProgress = Callable[[SearchProgress], None]
+
+
+class SearchStoppedError(Exception):
+    """Raised inside a search whose time or evaluations are spent; the driver catches it and gives the best answer so far."""
