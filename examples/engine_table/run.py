@@ -8,6 +8,7 @@ Run it from a checkout: the architectures come from `tests/zoo` (small transform
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(os.environ.get("MPDEPLOY_REPO", Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(ROOT))
 
 from mpdeploy.building import build, find_engine  # noqa: E402
