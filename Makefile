@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 HAVE_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 ENGINES := $(if $(HAVE_GPU),gpu,cpu)
 NPROC  := $(shell nproc 2>/dev/null || echo 2)
+# One thread a worker: two workers whose OpenMP threads wait for each other on two cores take many times longer.
+TEST_ENV := OMP_NUM_THREADS=1
 
 .DELETE_ON_ERROR:
 .PHONY: demo test test-all lint clean
@@ -16,10 +18,10 @@ demo: $(VENV)/.demo
 	$(BIN)/mpdeploy train-and-export pipelines/digits_cnn.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(NPROC) --dist worksteal -m "not slow"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(NPROC) --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -n $(NPROC) --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(NPROC) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

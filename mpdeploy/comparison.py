@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpdeploy.building import describe_model, fitted, is_engine, open_runner
+from mpdeploy.building import describe_model, find_engine, fitted, is_engine, open_runner
 from mpdeploy.data_files import FeedSet, load_feeds
 from mpdeploy.emulated_runs import tensors_of
 from mpdeploy.errors import UsageError
@@ -28,6 +28,7 @@ class Comparison:
 
     drift: DriftReport
     num_samples: int
+    precision: str = "fp32"
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -51,8 +52,9 @@ def compare(
         ModelError, DataError, UnavailableError, BuildError.
     """
     warnings: list[str] = []
+    precision = find_engine(candidate).precision if is_engine(candidate) else describe_model(candidate).precision
     if not is_engine(candidate) and not emulate and engine in (None, "onnxruntime"):
-        half = describe_model(candidate).precision
+        half = precision
         if half != "fp32":
             from mpdeploy.engines.onnxruntime import loads_cuda
 
@@ -68,7 +70,7 @@ def compare(
             split = bool(feeds.batched) and all(array.ndim and len(array) == samples for array in expected.values())
             meter.add(expected, answers, split=split)
             count += samples
-    return Comparison(meter.report(), count, tuple(warnings))
+    return Comparison(meter.report(), count, precision, tuple(warnings))
 
 
 def bench(

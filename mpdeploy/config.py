@@ -146,6 +146,20 @@ class ValidationConfig(Section):
     """Samples a call when latency is measured."""
     latency_samples: int = Field(300, ge=20)
     """Timed calls for each of the two sides of a comparison."""
+    sweep_batches: tuple[int, ...] = ()
+    """Batches at which each engine is also timed, alone; those outside its profile or beyond the samples are left out."""
+    slices: UserFunction | None = None
+    """`slices(dataset) -> {name: array}`, one row a sample: booleans make one slice, other values one slice each (`name=value`)."""
+    clusters: UserFunction | None = None
+    """`clusters(dataset) -> integers`: samples with equal numbers are not independent (frames of a video, patches of an image)."""
+    corpus_metric: str | UserFunction | None = None
+    """`corpus_metric(outputs, labels) -> one number` over all samples, higher is better; or `torchmetrics:MulticlassF1Score`."""
+    corpus_resamples: int = Field(1000, ge=200)
+    """Resamples of the samples on which the corpus metric is computed again, for its interval."""
+    noise_floors: tuple[Literal["rerun", "rebuild"], ...] = ("rerun",)
+    """What drift an engine has against itself: run again on the same samples, or built again from the same model."""
+    noise_floor_seeds: int = Field(0, ge=0)
+    """Train so many FP32 models more, each with another seed, to see how far seeds alone move the score. Expensive: off."""
 
 
 class Gate(Section):
@@ -161,6 +175,8 @@ class Gate(Section):
     """A glob over the places where it applies: `onnx`, `emulated/fp16`, `engine/openvino`, ..."""
     precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Apply only to models of this precision."""
+    slice: str | None = None
+    """A glob over the names of slices: apply to each of these instead of to all samples. None: all samples."""
     advisory: bool = False
     """Report the verdict, but leave it out of the run's."""
 
@@ -173,7 +189,7 @@ DEFAULT_GATES: tuple[Gate, ...] = (
     Gate(id="drift-fp16", metric="rel_l2", limit=1e-2, precision="fp16"),
     Gate(id="drift-bf16", metric="rel_l2", limit=5e-2, precision="bf16"),
     Gate(id="realised-precision", metric="kept_in_half", limit=0),
-    Gate(id="latency", metric="latency_ratio", limit=1.0, advisory=True),
+    Gate(id="latency", metric="latency_ratio", limit=1.0, at="engine/*", advisory=True),
 )
 
 

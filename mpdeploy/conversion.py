@@ -37,6 +37,7 @@ LOST_REL_L2 = 0.5
 """Above this relative L2 drift an output is lost, and no gate is needed to say so."""
 
 Progress = Callable[[str], None]
+Accept = Callable[[DriftReport | None, str, Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,7 @@ def convert(
     progress: Progress = lambda _: None,
     disabled_rules: Collection[str] = (),
     use_ranges: bool = True,
+    accept: Accept = lambda drift, precision, facts: None,
 ) -> Conversion:
     """Convert an FP32 ONNX model into a strictly typed mixed one.
 
@@ -137,6 +139,7 @@ def convert(
         progress: told what is being done.
         disabled_rules: range rules to leave out (to show what each is for).
         use_ranges: whether ranges are taken from the data (else it only serves to measure drift).
+        accept: asked before anything is written, with the drift (or None), the precision and `num_kept`; raises to refuse.
 
     Raises:
         ModelError, DataError, KeepListError: bad input.
@@ -213,6 +216,7 @@ def convert(
                 _check_metric(model, mixed, feeds, metric, labels, max_drop)
         elif max_drift is not None:
             raise UsageError("--max-drift needs --data to measure drift on.", hint="add --data calib.npz")
+        accept(drift, precision, {"num_kept": len(plan.kept)})
         if output is not None:
             progress("proving and writing")
             warnings += prove_and_write(model, output, plan, mixed_index, folder)
@@ -292,9 +296,22 @@ def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked
 
 def write_plan(path: Path, conversion: Conversion) -> None:
     """Write `plan.json`: every kept node and why. `--keep @plan.json` takes it back."""
-    write_json(
-        path, conversion.plan.to_json() | {"drift": conversion.to_json()["drift"], "casts": conversion.counts.casts}
+    measured = {"drift": conversion.to_json()["drift"], "casts": conversion.counts.casts}
+    write_json(path, conversion.plan.to_json() | measured | {"ranges": _deciding_ranges(conversion)})
+
+
+def _deciding_ranges(conversion: Conversion, count: int = 24) -> dict[str, Any]:
+    """Statistics of the tensors that reasons name: the ones that decided."""
+    tensors = conversion.ranges.tensors if conversion.ranges is not None else {}
+    words = (
+        word.strip(",:;()'")
+        for reasons in conversion.plan.kept.values()
+        for reason in reasons
+        if reason.kind in ("range", "inner")
+        for word in reason.text.split()
     )
+    named = [name for name in dict.fromkeys(words) if name in tensors]
+    return {name: tensors[name].to_json() for name in named[:count]}
 
 
 def record_conversion(path: Path, model: Path, conversion: Conversion) -> None:

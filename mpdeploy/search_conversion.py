@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdeploy.artifact import Array
-from mpdeploy.conversion import Conversion
+from mpdeploy.conversion import Accept, Conversion
 from mpdeploy.data_files import FeedSet
 from mpdeploy.errors import GateFailedError
 from mpdeploy.precision.formats import HalfName
@@ -34,6 +34,7 @@ def convert_searched(
     max_drop: float | None = None,
     cost: Any = "traffic",
     state: Path | None = None,
+    accept: Accept = lambda drift, precision, facts: None,
     progress: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[Any], None] = lambda _: None,
 ) -> Conversion:
@@ -60,6 +61,7 @@ def convert_searched(
     mixed = rewrite_indexed(found.prepared, found.plan, consume=True)
     check_strict_types(mixed)
     counts = count_precisions(mixed)
+    accept(found.confirmed, precision, {"num_kept": len(found.plan.kept)})
     warnings: list[str] = []
     if output is not None:
         progress("proving and writing")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpdeploy.artifact import FileArtifact, Golden
 from mpdeploy.config import Gate, Pipeline
 from mpdeploy.environment import fingerprint
 from mpdeploy.errors import (
     GateFailedError,
     InconclusiveError,
-    MissingExtraError,
     MpdeployError,
     NotComparableError,
     StageFailedError,
@@ -27,10 +23,10 @@ from mpdeploy.gates.gate import decide, gate_json
 from mpdeploy.gates.provenance import check_provenance
 from mpdeploy.gates.verdict import Verdict
 from mpdeploy.pipeline import Context, Listener, RunSummary, Silent, run_stages, termination_raises
+from mpdeploy.report.writing import write_reports
 from mpdeploy.run_dir import RunDir
 
 VALIDATE = "50-validate"
-REPORTS = ("gate.json", "junit.xml", "summary.md", "report.html")
 
 
 @dataclass(frozen=True)
@@ -137,6 +133,8 @@ def run(
             if name.startswith("40-build/") and name.split("/", 1)[1] not in chosen_engines:
                 directory.drop(name)  # an engine that is no longer part of the run is not measured with it
         context = Context(directory, pipeline, listener)
+        for line in power_of_gates(pipeline, directory):
+            listener.message(line)
         summary = run_stages(stages, context, start=start, until=until)
         if until is not None and not _reached(until):
             return RunResult(directory.path, None, (), None, summary.cached, summary.failures)
@@ -145,6 +143,34 @@ def run(
         directory.set_header(chosen_engine=chosen)
         write_reports(directory, gate)
         return _result(directory, gate, verdicts, chosen, summary)
+
+
+def power_of_gates(pipeline: Pipeline, directory: RunDir) -> list[str]:
+    """What each gate on a paired 0/1 metric can decide with the gate's samples, said before anything runs.
+
+    Empty where the number of samples is not known yet: an earlier try records it, else the data is asked for it.
+    """
+    from mpdeploy.measure.accuracy import METRICS
+    from mpdeploy.measure.power import power_sentence
+
+    metric = pipeline.validation.metric
+    margins = [gate for gate in pipeline.gates if gate.metric == "score_drop" and gate.slice is None and gate.limit > 0]
+    if not margins or not isinstance(metric, str) or metric not in METRICS or not METRICS[metric].is_binary:
+        return []
+    count = _num_gate_samples(pipeline, directory)
+    return [] if count is None else [f"gate {gate.id}: {power_sentence(count, gate.limit)}" for gate in margins]
+
+
+def _num_gate_samples(pipeline: Pipeline, directory: RunDir) -> int | None:
+    trained = directory.record("10-train")
+    if trained is not None and trained.status == "done":
+        return int(trained.report["splits"]["gate"])
+    from mpdeploy.stages.common import load_splits
+
+    try:
+        return len(load_splits(pipeline).gate)
+    except MpdeployError:
+        return None  # the stage that needs the data says what is wrong with it
 
 
 def _reached(until: str) -> bool:
@@ -217,6 +243,20 @@ def report(path: Path) -> list[Path]:
     return write_reports(directory, value)
 
 
+def report_pair(before: Path, after: Path) -> Path:
+    """Decide two runs from their evidence and write one page that compares them, into the second; returns its path."""
+    from mpdeploy.report.pair import render_pair
+
+    first, second = RunDir.open(before), RunDir.open(after)
+
+    def value(run: RunDir) -> dict[str, Any]:
+        return decide_run(run, tuple(Gate(**item) for item in run.manifest.get("gates", [])))[0]
+
+    path = after / f"compared-with-{before.resolve().name}.html"
+    write_text(path, render_pair(first, second, value(first), value(second)))
+    return path
+
+
 def result_json(result: RunResult) -> dict[str, Any]:
     """What `train-and-export --json` prints: the table of places, the verdicts, what was skipped and what failed."""
     directory = RunDir.open(result.path)
@@ -250,7 +290,14 @@ def result_json(result: RunResult) -> dict[str, Any]:
 def _row(at: str, place: Mapping[str, Any], records: Mapping[str, Any], verdicts: Sequence[Verdict]) -> dict[str, Any]:
     severity = ["pass", "unvalidated", "inconclusive", "fail"]
     here = [item.verdict for item in verdicts if item.at == at and not item.advisory]
-    change = next((item for item in verdicts if item.at == at and item.metric == "score_drop" and item.interval), None)
+    change = next(
+        (
+            item
+            for item in verdicts
+            if item.at == at and item.metric == "score_drop" and item.interval and not item.slice
+        ),
+        None,
+    )
     drifts = [drift["rel_l2"] for drift in (place.get("drift") or {}).values()]
     size = place["facts"].get("size_bytes")
     if size is None and place["stage"] in records:
@@ -284,47 +331,3 @@ def choose_engine(gate_value: Mapping[str, Any], verdicts: Sequence[Verdict]) ->
         if at.startswith("engine/") and place["status"] == "measured" and at not in failed and place.get("latency")
     }
     return min(medians, key=lambda at: float(medians[at])).split("/", 1)[1] if medians else None
-
-
-def write_reports(directory: RunDir, gate_value: Mapping[str, Any]) -> list[Path]:
-    """Write gate.json and what is rendered from it and the manifest: junit.xml, summary.md, and report.html where jinja2 is."""
-    from mpdeploy.report.junit import render_junit
-    from mpdeploy.report.markdown import render_markdown
-
-    write_json(directory.path / "gate.json", gate_value)
-    write_text(directory.path / "junit.xml", render_junit(dict(gate_value)))
-    summary = render_markdown(dict(gate_value))
-    write_text(directory.path / "summary.md", summary)
-    if os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as file:
-            file.write(summary)
-    written = [directory.path / name for name in REPORTS[:3]]
-    try:
-        from mpdeploy.report.html import render_html
-
-        html = render_html(directory, dict(gate_value), plans=_plans(directory), golden=_golden(directory))
-    except MissingExtraError:
-        return written
-    write_text(directory.path / "report.html", html)
-    return [*written, directory.path / "report.html"]
-
-
-def _plans(directory: RunDir) -> dict[str, dict[str, Any]]:
-    record = directory.record("30-convert")
-    if record is None:
-        return {}
-    return {
-        name.removeprefix("plan."): json.loads(item.path.read_text(encoding="utf-8"))
-        for name, item in record.artifacts.items()
-        if name.startswith("plan.") and _intact(item)
-    }
-
-
-def _golden(directory: RunDir) -> Golden | None:
-    record = directory.record("20-export")
-    item = record.artifacts.get("golden") if record else None
-    return Golden.load(item.path) if item is not None and _intact(item) else None
-
-
-def _intact(item: FileArtifact) -> bool:
-    return item.path.is_file() and sha256_of_file(item.path) == item.sha256

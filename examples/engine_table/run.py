@@ -27,7 +27,17 @@ from mpdeploy.environment import hardware_key, package_versions  # noqa: E402
 from mpdeploy.errors import MpdeployError  # noqa: E402
 from tests import zoo  # noqa: E402
 
-COLUMNS = ("model", "engine", "from", "build s", "MB", "drift (rel L2)", "median ms", "layers by precision", "known from")
+COLUMNS = (
+    "model",
+    "engine",
+    "from",
+    "build s",
+    "MB",
+    "drift (rel L2)",
+    "median ms",
+    "layers by precision",
+    "known from",
+)
 SAMPLES = 8
 
 
@@ -84,7 +94,7 @@ def _measured(
 ) -> tuple[str, ...]:
     begin = time.perf_counter()
     try:
-        built, audit = build(sources[precision], engine, folder, data=str(data))
+        _, audit = build(sources[precision], engine, folder, data=str(data))
     except MpdeployError as error:
         return (name, engine, precision, "failed", "", "", "", error.message.splitlines()[0][:80], "")
     seconds = time.perf_counter() - begin

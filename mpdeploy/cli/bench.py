@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mpdeploy.cli.common import Data, EngineName, Json, console, emit, number, table
+from mpdeploy.cli.common import Data, EngineName, Json, console, emit, number, plain, table
 
 
 def bench(
@@ -42,7 +42,7 @@ def bench(
         side = document[name]
         if side is not None:
             rows.add_row(
-                str(path),
+                plain(path),
                 number(side["median_ms"]),
                 number(side.get("p90_ms")),
                 number(side["p99_ms"]),
@@ -62,7 +62,7 @@ def bench(
             rows.add_row(str(entry["batch"]), number(entry["median_ms"]), f"{entry['samples_per_s']:,.0f}")
         out.print(rows)
     if document.get("warning"):
-        console().print(f"[yellow]warning:[/] {document['warning']}")
+        console().print(f"[yellow]warning:[/] {plain(document['warning'])}")
 
 
 def _sizes(text: str) -> list[int]:

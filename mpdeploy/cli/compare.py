@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpdeploy.cli.common import Data, EngineName, Json, console, emit, number, table
+from mpdeploy.cli.common import Data, EngineName, Json, console, emit, number, plain, table
 
 
 def compare(
@@ -24,10 +24,11 @@ def compare(
     """Drift of two models or engines on the same samples."""
     from mpdeploy.comparison import compare as measure
     from mpdeploy.errors import GateFailedError
+    from mpdeploy.gates.project import project_gates_accept
 
     found = measure(reference, candidate, data=data, emulate=emulate, engine=engine)
     for warning in found.warnings:
-        console().print(f"[yellow]warning:[/] {warning}")
+        console().print(f"[yellow]warning:[/] {plain(warning)}")
     if as_json:
         emit(found.to_json())
     else:
@@ -36,13 +37,14 @@ def compare(
         )
         for name, drift in found.to_json()["outputs"].items():
             rows.add_row(
-                name,
+                plain(name),
                 number(drift["rel_l2"]),
                 number(drift["max_abs"]),
                 f"{drift['cosine']:.6f}",
                 str(drift["num_nonfinite"]),
             )
         console(stderr=False).print(rows)
+    project_gates_accept(Path.cwd(), at=candidate.name)(found.drift, found.precision, {})
     if max_drift is not None and not found.drift.rel_l2 <= max_drift:
         raise GateFailedError(f"Relative L2 drift {found.drift.rel_l2:.3g} is above the limit {max_drift:.3g}.")
 

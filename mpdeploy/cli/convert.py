@@ -56,6 +56,7 @@ def convert(
     from mpdeploy.conversion import convert as run_conversion
     from mpdeploy.conversion import record_conversion
     from mpdeploy.errors import UsageError
+    from mpdeploy.gates.project import project_gates_accept
     from mpdeploy.run_dir import RunDir
     from mpdeploy.search_conversion import convert_searched
     from mpdeploy.searching import parse_drop
@@ -80,6 +81,7 @@ def convert(
             "data": data, "keep": keep or (), "precision": precision, "keep_io": keep_io, "keep_io_names": keep_io_name or (),
             "output": target, "max_drift": max_drift, "metric": metric, "labels": labels,
             "max_drop": None if max_drop is None else parse_drop(max_drop),
+            "accept": project_gates_accept(Path.cwd(), at=target.name),
             "progress": lambda text: status.update(f"{model.name}: {text}"),
         }  # fmt: skip
         if search:

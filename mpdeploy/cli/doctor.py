@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mpdeploy.cli.common import Json, console, emit, table
+from mpdeploy.cli.common import Json, console, emit, plain, table
 
 
 def doctor(as_json: Json = False) -> None:
@@ -25,7 +25,7 @@ def doctor(as_json: Json = False) -> None:
     rows = table("engine", "builds", "runs", "takes", "what is missing, and what to do")
     for name, state in found["engines"].items():
         missing = f"{state['reason']} {state['hint']}" if state["reason"] else ""
-        rows.add_row(name, _tick(state["builds"]), _tick(state["runs"]), state.get("takes", ""), missing)
+        rows.add_row(name, _tick(state["builds"]), _tick(state["runs"]), state.get("takes", ""), plain(missing))
     out.print(rows)
     for provider, state in found["providers"].items():
         out.print(f"ONNX Runtime {provider}: {state}", markup=False)
@@ -34,7 +34,7 @@ def doctor(as_json: Json = False) -> None:
         rows.add_row(extra, ", ".join(missing) or "-", f"pip install 'mpdeploy\\[{extra}]'" if missing else "")
     out.print(rows)
     for warning in found["warnings"]:
-        out.print(f"[yellow]warning:[/] {warning}")
+        out.print(f"[yellow]warning:[/] {plain(warning)}")
 
 
 def _tick(value: bool) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mpdeploy.cli.common import Json, RunPath, console, emit, verdict_markup
+from mpdeploy.cli.common import Json, RunPath, console, emit, plain, verdict_markup
 
 
 def gate(
@@ -19,10 +20,12 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Decide a run again from its evidence: no model, no engine, no GPU needed."""
+    from mpdeploy.report.github import tell_github
     from mpdeploy.train_and_export import error_of
     from mpdeploy.train_and_export import gate as decide
 
     document, verdicts = decide(run, baseline=baseline)
+    tell_github(document, sys.stderr if as_json else sys.stdout)
     if as_json:
         emit(document)
     else:
@@ -31,7 +34,7 @@ def gate(
             note = " (advisory)" if verdict.advisory else ""
             out.print(f"{verdict_markup(verdict.verdict)}  ", end="")
             out.print(f"{verdict.message}{note}", markup=False)
-        out.print(f"\n{run}: {verdict_markup(document['verdict'])}")
+        out.print(f"\n{plain(run)}: {verdict_markup(document['verdict'])}")
     error = error_of(document["verdict"], verdicts, run, strict=strict)
     if error is not None:
         raise error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mpdeploy.cli.common import Json, console, emit, human_bytes, table
+from mpdeploy.cli.common import Json, console, emit, human_bytes, plain, table
 
 
 def inspect(
@@ -41,12 +41,12 @@ def inspect(
     if found.get("largest"):
         largest = table("largest nodes", "op", "weights", "in", right=("weights",))
         for entry in found["largest"]:
-            largest.add_row(entry["node"], entry["op"], human_bytes(entry["bytes"]), entry["precision"])
+            largest.add_row(plain(entry["node"]), entry["op"], human_bytes(entry["bytes"]), entry["precision"])
         out.print(largest)
     if found["kept"]:
         kept = table("kept in FP32", "op", "why")
         for entry in found["kept"]:
-            kept.add_row(entry["node"], entry["op"], entry["reason"])
+            kept.add_row(plain(entry["node"]), entry["op"], plain(entry["reason"]))
         out.print(kept)
 
 

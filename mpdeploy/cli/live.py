@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mpdeploy.cli.common import human_bytes, number, table, verdict_markup
+from mpdeploy.cli.common import human_bytes, number, plain, table, verdict_markup
 from mpdeploy.run_dir import StageRecord
 
 _MARKS = {
@@ -112,7 +112,7 @@ def summary_table(console: Console, document: dict[str, Any]) -> None:
         name = row["artifact"] + (" *" if row["artifact"] == document.get("chosen_engine") else "")
         rows.add_row(
             row["stage"],
-            name,
+            plain(name),
             size,
             number(row["rel_l2"]),
             score,
@@ -132,12 +132,12 @@ def summary_table(console: Console, document: dict[str, Any]) -> None:
             console.print(verdict["message"], markup=False, style="dim" if verdict["advisory"] else None)
     for at, count in waiting.items():
         console.print(
-            f"{verdict_markup('unvalidated')}  {at}: {count} gates wait for a machine that can run it; take {document['run']} there "
+            f"{verdict_markup('unvalidated')}  {at}: {count} gates wait for a machine that can run it; take {plain(document['run'])} there "
             "and go on with --from 50-validate",
         )
     if document.get("chosen_engine"):
         console.print(f"* the fastest engine that passed here: {document['chosen_engine']}", markup=False)
     if document["verdict"] is not None:
         console.print(
-            f"\n{document['run']}: {verdict_markup(document['verdict'])}   (report.html, gate.json and evidence/ lie there)"
+            f"\n{plain(document['run'])}: {verdict_markup(document['verdict'])}   (report.html, gate.json and evidence/ lie there)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,6 +43,10 @@ def train_and_export(
 
     with LiveListener(console()) as listener:
         result = run_pipeline(chosen, run, engines=engine or (), start=start, until=until, listener=listener)
+    from mpdeploy.report.github import tell_github
+
+    if result.gate is not None:
+        tell_github(result.gate, sys.stderr if as_json else sys.stdout)
     document: dict[str, Any] = result_json(result)
     if as_json:
         emit(document)

@@ -7,13 +7,17 @@ evidence/PLACE.npz          one file a place ('engine/openvino' -> engine-openvi
     predictions, baseline_predictions  [n]  (where the metric predicts classes)
     drift/OUTPUT/FIELD      [n]  fields of `measure.drift.OutputDrift`
     latency_a_ms, latency_b_ms   [m] the baseline's and this place's raw latencies, interleaved in blocks of equal size
+    clusters                [n]  samples with equal numbers are not independent
+    slice/NAME              [n]  whether a sample belongs to the named slice
+    corpus_draws, baseline_corpus_draws  [b]  a corpus metric on resamples of the samples, the same ones on both sides
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ from mpdeploy.files import atomic_path, sha256_of_file, write_json
 from mpdeploy.measure.drift import SAMPLE_FIELDS, DriftReport, OutputDrift
 
 INDEX = "index.json"
+SLICE = "slice/"
+SAMPLE_ARRAYS = ("ids", "scores", "baseline_scores", "predictions", "baseline_predictions", "clusters")
 HARNESS_VERSION = 1
 """Raised whenever a number that is measured changes its meaning: older evidence is then not comparable."""
 
@@ -43,6 +49,7 @@ class Place:
         arrays: see the module's docstring.
         digests: of the model or engine (`artifact`), of what it was made from (`source`).
         notes: what a reader needs: what a latency includes, why it is unvalidated.
+        slice: the named slice that this part of a place is; empty for the whole place.
     """
 
     at: str
@@ -54,6 +61,28 @@ class Place:
     arrays: Mapping[str, Array] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    slice: str = ""
+
+    @property
+    def slices(self) -> list[str]:
+        """Names of its slices."""
+        return sorted(name.removeprefix(SLICE) for name in self.arrays if name.startswith(SLICE))
+
+    def sliced(self, name: str) -> Place:
+        """The part of it that a slice is: every array that has one row a sample, of the slice's samples alone.
+
+        Facts, latencies and corpus draws are of the whole place and are left out.
+
+        Raises:
+            KeyError: there is no such slice.
+        """
+        mask = np.asarray(self.arrays[SLICE + name]).astype(bool)
+        arrays = {
+            key: array[mask]
+            for key, array in self.arrays.items()
+            if (key in SAMPLE_ARRAYS or key.startswith("drift/")) and len(array) == len(mask)
+        }
+        return replace(self, facts={}, arrays=arrays, slice=name)
 
     @property
     def drift(self) -> DriftReport | None:
@@ -134,12 +163,20 @@ class Evidence:
                 f"The evidence in {folder} was measured by harness {harness}; this one is {HARNESS_VERSION}.",
                 hint="measure again with --from 50-validate",
             )
-        places = dict(_places(folder, listed))
-        return cls(places, index["digests"], index["environment"])
+        try:
+            places = dict(_places(folder, listed))
+            return cls(places, dict(index["digests"]), dict(index["environment"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+            raise NotComparableError(
+                f"The evidence in {folder} is malformed: {type(error).__name__}: {error}.",
+                hint="restore it, or measure again with --from 50-validate",
+            ) from error
 
 
 def _places(folder: Path, listed: Mapping[str, Any]) -> Iterator[tuple[str, Place]]:
     for at, entry in listed.items():
+        if entry["status"] not in ("measured", "unvalidated"):
+            raise ValueError(f"'{at}' has the status '{entry['status']}'")
         path = folder / Path(entry["file"]).name
         found = sha256_of_file(path) if path.is_file() else "missing"
         if found != entry["sha256"]:

@@ -11,18 +11,15 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
 from mpdeploy.config import Gate
 from mpdeploy.errors import ConfigError, closest_names
 from mpdeploy.gates.evidence import HARNESS_VERSION, Evidence, Place
 from mpdeploy.gates.finding import Finding, MetricRow
 from mpdeploy.gates.metrics import METRICS
-from mpdeploy.gates.sampled import paired_scores, score_name
+from mpdeploy.gates.place_json import place_json
 from mpdeploy.gates.schema import GATE_SCHEMA
 from mpdeploy.gates.verdict import SEVERITY, Verdict, VerdictName, format_count, format_number, overall, stable_json
-from mpdeploy.measure.paired import is_binary
-from mpdeploy.measure.statistics import CONFIDENCE, MIN_SAMPLES_P99, PairedCounts, holm, mcnemar_p_value, quantile
+from mpdeploy.measure.statistics import CONFIDENCE, holm
 
 __all__ = [
     "GATE_SCHEMA",
@@ -70,7 +67,7 @@ def decide(gates: Iterable[Gate], evidence: Evidence) -> list[Verdict]:
                 hint=f"closest names: {closest_names(gate.metric, METRICS)}",
             )
         row = METRICS[gate.metric]
-        found = [verdict for place in _places(gate, evidence) if (verdict := _verdict(gate, row, place)) is not None]
+        found = [verdict for place in _parts(gate, evidence) if (verdict := _verdict(gate, row, place)) is not None]
         if not found and not _has_no_such_precision(gate, evidence):
             found = [_nowhere(gate, evidence)]
         verdicts += found
@@ -110,7 +107,7 @@ def gate_json(
             "not_applied": not_applied(gates, evidence),
             "failure_claim": _failure_claim(verdicts),
             "samples_to_decide": max((count for count in needed if count is not None), default=None),
-            "places": {at: _place_json(place) for at, place in evidence.places.items()},
+            "places": {at: place_json(place) for at, place in evidence.places.items()},
             "digests": dict(evidence.digests),
             "environment": dict(evidence.environment),
         }
@@ -127,6 +124,17 @@ def _places(gate: Gate, evidence: Evidence) -> list[Place]:
         for at, place in evidence.places.items()
         if fnmatch.fnmatchcase(at, gate.at) and gate.precision in (None, place.precision)
     ]
+
+
+def _parts(gate: Gate, evidence: Evidence) -> list[Place]:
+    """The gate's places, or their slices where it names some. A place that could not run here stays whole."""
+    if gate.slice is None:
+        return _places(gate, evidence)
+    parts = []
+    for place in _places(gate, evidence):
+        names = [name for name in place.slices if fnmatch.fnmatchcase(name, gate.slice)]
+        parts += [place.sliced(name) for name in names] if place.status == "measured" else [place]
+    return parts
 
 
 def _has_no_such_precision(gate: Gate, evidence: Evidence) -> bool:
@@ -155,10 +163,11 @@ def _verdict(gate: Gate, row: MetricRow, place: Place) -> Verdict | None:
         limit=gate.limit,
         interval=finding.interval,
         num_samples=finding.num_samples,
-        message=_message(gate, finding, place.at, verdict),
+        message=_message(gate, finding, place, verdict),
         advisory=gate.advisory,
         samples_to_decide=finding.samples_to_decide if verdict == "inconclusive" else None,
         p_value=finding.p_value,
+        slice=place.slice,
     )
 
 
@@ -171,18 +180,22 @@ def _decision(row: MetricRow, finding: Finding, limit: float) -> VerdictName:
     return "pass" if kept else "fail"
 
 
-def _message(gate: Gate, finding: Finding, at: str, verdict: VerdictName) -> str:
+def _message(gate: Gate, finding: Finding, place: Place, verdict: VerdictName) -> str:
     text = finding.text or f"{format_number(finding.measured)} against a limit of {format_number(gate.limit)}"
     needed = ""
     if verdict == "inconclusive" and finding.samples_to_decide is not None:
         needed = f", ~{format_count(finding.samples_to_decide)} samples would decide"
     detail = f" ({finding.detail})" if finding.detail else ""
-    return f"{finding.name or gate.metric} on `{at}`: {text}: {verdict}{needed}{detail}"
+    where = f"`{place.at}`" + (f", slice `{place.slice}`" if place.slice else "")
+    return f"{finding.name or gate.metric} on {where}: {text}: {verdict}{needed}{detail}"
 
 
 def _nowhere(gate: Gate, evidence: Evidence) -> Verdict:
     matched = [place.at for place in _places(gate, evidence)]
-    if matched:
+    if matched and gate.slice is not None:
+        known = sorted({name for place in evidence.places.values() for name in place.slices})
+        reason = f"no slice '{gate.slice}' with this metric: the slices of this run are {', '.join(known) or 'none'}"
+    elif matched:
         reason = f"was measured at none of {', '.join(matched)}"
     else:
         reason = f"applies nowhere: the places of this run are {', '.join(evidence.places) or 'none'}"
@@ -205,8 +218,8 @@ def _empty(place: Place) -> Verdict:
 def _failure_claim(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """What may be claimed of the gates that failed on a sample, when so many were looked at."""
     sampled = [verdict for verdict in verdicts if verdict.p_value is not None and not verdict.advisory]
-    adjusted = holm({f"{verdict.id} on {verdict.at}": float(verdict.p_value or 0.0) for verdict in sampled})
-    failed = [f"{verdict.id} on {verdict.at}" for verdict in sampled if verdict.verdict == "fail"]
+    adjusted = holm({verdict.key: float(verdict.p_value or 0.0) for verdict in sampled})
+    failed = [verdict.key for verdict in sampled if verdict.verdict == "fail"]
     kept = [name for name in failed if adjusted[name] < 1.0 - CONFIDENCE]
     if failed:
         still = ", ".join(kept) if kept else "none of them"
@@ -223,47 +236,3 @@ def _failure_claim(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "adjusted_p_values": {name: adjusted[name] for name in failed},
         "statement": statement,
     }
-
-
-def _place_json(place: Place) -> dict[str, Any]:
-    """A place's numbers in short, for renderers that have no evidence at hand."""
-    value: dict[str, Any] = {
-        "precision": place.precision,
-        "stage": place.stage,
-        "baseline": place.baseline,
-        "status": place.status,
-        "digests": dict(place.digests),
-        "notes": dict(place.notes),
-        "facts": dict(place.facts),
-    }
-    try:
-        drift = place.drift
-        if drift is not None:
-            value["drift"] = drift.to_json()["outputs"]
-    except (KeyError, ValueError):
-        value["drift"] = {}  # its gates say what is wrong with it
-    scores = paired_scores(place)
-    if isinstance(scores, tuple):
-        baseline, here = scores
-        binary = is_binary(baseline) and is_binary(here)
-        value["scores"] = {
-            "metric": score_name(place),
-            "mean": float(here.mean()),
-            "baseline_mean": float(baseline.mean()),
-            "num_samples": len(here),
-            "num_lost": int((here < baseline).sum()),
-            "num_gained": int((here > baseline).sum()),
-            "mcnemar_p_value": mcnemar_p_value(PairedCounts.of(baseline, here)) if binary else None,
-        }
-    flips = METRICS["flips"].find(place, math.inf)
-    if flips is not None and math.isfinite(flips.measured):
-        value["flips"] = {"count": round(flips.measured * flips.num_samples), "share": flips.measured}
-    a, b = (place.arrays.get(f"latency_{side}_ms") for side in "ab")
-    if a is not None and b is not None and len(a) and len(b):
-        value["latency"] = {
-            "median_ms": float(np.median(b)),
-            "baseline_median_ms": float(np.median(a)),
-            "p99_ms": quantile(b, 0.99) if len(b) >= MIN_SAMPLES_P99 else None,
-            "num_samples": len(b),
-        }
-    return value

@@ -143,8 +143,17 @@ METRICS: dict[str, MetricRow] = {
     "relative_score_drop": MetricRow(
         sampled.relative_score_drop, "share of the baseline's score", "the same relative to the baseline"
     ),
+    "corpus_drop": MetricRow(
+        sampled.corpus_drop, "", "drop of the corpus metric: one number over all samples, resampled"
+    ),
     "flips": MetricRow(sampled.flips, "share", "share of samples whose predicted class changed"),
     "latency_ratio": MetricRow(sampled.latency_ratio, "", "median latency over the baseline's, measured in turns"),
+    "noise_rerun_rel_l2": MetricRow(
+        _fact("noise_rerun_rel_l2"), "", "the engine against itself, run again on the same samples"
+    ),
+    "noise_rebuild_rel_l2": MetricRow(
+        _fact("noise_rebuild_rel_l2"), "", "the engine against itself, built again from the same model"
+    ),
     "excess_zero_gradients": MetricRow(
         _fact("excess_zero_gradients"),
         "share",

@@ -9,9 +9,10 @@ import numpy as np
 from mpdeploy.errors import DataError
 from mpdeploy.gates.evidence import Place
 from mpdeploy.gates.finding import Finding, lost
-from mpdeploy.gates.verdict import format_change
+from mpdeploy.gates.verdict import format_change, format_number
 from mpdeploy.measure import accuracy
 from mpdeploy.measure.bootstrap import median_ratio
+from mpdeploy.measure.corpus import corpus_bounds
 from mpdeploy.measure.latency import BLOCK_SIZE
 from mpdeploy.measure.paired import PairedComparison, compare_paired, is_binary
 from mpdeploy.measure.power import samples_to_decide_mean
@@ -107,6 +108,36 @@ def _finding_of_drop(
     )
 
 
+def corpus_drop(place: Place, limit: float) -> Finding | None:
+    """How much lower a corpus metric (F1, BLEU, mAP: one number over all samples) is than the baseline's."""
+    draws = [place.arrays.get(name) for name in ("baseline_corpus_draws", "corpus_draws")]
+    values = [place.facts.get(name) for name in ("baseline_corpus_value", "corpus_value")]
+    if draws[0] is None and draws[1] is None and values[0] is None and values[1] is None:
+        return None
+    if draws[0] is None or draws[1] is None or draws[0].shape != draws[1].shape or None in values:
+        return lost("the corpus metric's values or resamples are not whole in the evidence")
+    n = int(place.facts.get("corpus_num_samples", 0))
+    here, there = (float(value) for value in reversed(values))
+    try:
+        found = corpus_bounds(there, here, draws[0], draws[1], num_units=int(place.facts.get("corpus_num_units", n)))
+    except DataError as error:
+        return lost(error.message.rstrip("."), n)
+    decision = decide_at_most(found.bounds, limit)
+    change, allowed = format_change(-found.drop, (-found.bounds[1], -found.bounds[0]), scale=1.0, unit="", limit=limit)
+    needed = samples_to_decide_mean(found.drop, found.deviation * math.sqrt(n), limit)
+    return Finding(
+        measured=found.drop,
+        num_samples=n,
+        name=str(place.notes.get("corpus_metric", "corpus metric")),
+        text=f"{change} against a margin of {allowed}",
+        detail=f"{format_number(here)} against {format_number(there)}, {len(draws[1]):,} resamples",
+        interval=found.bounds,
+        decision=decision,
+        samples_to_decide=needed if decision == "inconclusive" else None,
+        p_value=found.p_value_above(limit),
+    )
+
+
 def flips(place: Place, limit: float) -> Finding | None:
     """Share of samples whose predicted class changed, with exact bounds: none seen in n leaves 3/n possible."""
     pair = [place.arrays.get(name) for name in ("baseline_predictions", "predictions")]
@@ -119,6 +150,11 @@ def flips(place: Place, limit: float) -> Finding | None:
     changed = (pair[0] != pair[1]) | (pair[1] == accuracy.LOST)
     count = int(changed.reshape(n, -1).any(axis=1).sum())
     share, bounds = count / n, clopper_pearson(count, n)
+    clusters = place.arrays.get("clusters")
+    if clusters is not None and len(clusters) == n:
+        flipped = changed.reshape(n, -1).any(axis=1).astype(np.float64)
+        bounds = compare_paired(flipped, np.zeros(n), margin=limit, clusters=clusters).bounds
+        bounds = (max(0.0, bounds[0]), min(1.0, bounds[1]))
     decision = decide_at_most(bounds, limit)
     if count:
         needed = samples_to_decide_mean(share, math.sqrt(share * (1.0 - share)), limit)

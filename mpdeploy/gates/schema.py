@@ -40,6 +40,7 @@ _VERDICT = _object(
             **_NUMBER_OR_NULL,
             "description": "one-sided, of 'the limit is kept'; null where nothing was sampled",
         },
+        "slice": {"type": "string", "description": "the named slice of the samples; empty: all of them"},
     }
 )
 
@@ -55,6 +56,8 @@ _SCORES = _object(
     }
 )
 
+_FLIPS = _object({"count": {"type": "integer"}, "share": _NUMBER})
+
 _PLACE = _object(
     {
         "precision": {"type": "string"},
@@ -66,7 +69,28 @@ _PLACE = _object(
         "facts": {"type": "object"},
         "drift": {"type": "object", "description": "output -> rel_l2, max_abs, cosine, num_nonfinite, worst_sample"},
         "scores": _SCORES,
-        "flips": _object({"count": {"type": "integer"}, "share": _NUMBER}),
+        "flips": _FLIPS,
+        "slices": {
+            "description": "slice -> its numbers",
+            "type": "object",
+            "additionalProperties": _object(
+                {
+                    "num_samples": {"type": "integer"},
+                    "scores": _SCORES,
+                    "flips": _FLIPS,
+                    "rel_l2": {**_NUMBER, "description": "of the worst output"},
+                },
+                optional=("scores", "flips", "rel_l2"),
+            ),
+        },
+        "corpus": _object(
+            {
+                "metric": {"type": "string"},
+                "value": _NUMBER,
+                "baseline_value": _NUMBER,
+                "num_resamples": {"type": "integer"},
+            }
+        ),
         "latency": _object(
             {
                 "median_ms": _NUMBER,
@@ -76,7 +100,7 @@ _PLACE = _object(
             }
         ),
     },
-    optional=("drift", "scores", "flips", "latency"),
+    optional=("drift", "scores", "flips", "slices", "corpus", "latency"),
 )
 
 GATE_SCHEMA: dict[str, Any] = {

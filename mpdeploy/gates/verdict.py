@@ -32,6 +32,7 @@ class Verdict:
         advisory: left out of the run's verdict.
         samples_to_decide: how many samples would decide, where inconclusive and known.
         p_value: one-sided, of "the limit is kept", where sampled.
+        slice: the named slice of the samples that it is about; empty for all of them.
     """
 
     id: str
@@ -46,6 +47,12 @@ class Verdict:
     advisory: bool = False
     samples_to_decide: int | None = None
     p_value: float | None = None
+    slice: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others: gate, place and slice."""
+        return f"{self.id} on {self.at}" + (f" [{self.slice}]" if self.slice else "")
 
     def to_json(self) -> dict[str, Any]:
         """As in gate.json: numbers to 12 digits, the same bytes on every machine; NaN as the string "nan"."""
@@ -63,6 +70,7 @@ class Verdict:
                 "advisory": self.advisory,
                 "samples_to_decide": self.samples_to_decide,
                 "p_value": self.p_value,
+                "slice": self.slice,
             }
         )
         return value

@@ -64,6 +64,23 @@ def power_of_paired_binary(
     return min(1.0, float(np.exp(np.where((rest >= 0) & passes, log_share, -np.inf)).sum()))
 
 
+TYPICAL_DISCORDANCE = 0.01
+"""Share of samples that a half model and its FP32 one decide differently, where nothing better is known."""
+
+
+def power_sentence(num_samples: int, margin: float, *, discordance: float = TYPICAL_DISCORDANCE) -> str:
+    """What so many paired 0/1 scores can decide against a margin, for people, before a run."""
+    power = power_of_paired_binary(num_samples, margin, discordance=discordance)
+    needed = samples_for_margin(margin, discordance=discordance)
+    text = (
+        f"{num_samples:,} samples pass an equally good model against a margin of {100.0 * margin:g} pt with "
+        f"{100.0 * power:.0f} % probability where the two differ on {100.0 * discordance:g} % of them"
+    )
+    if power < POWER and needed is not None:
+        text += f"; {needed:,} samples would with {100.0 * POWER:.0f} %"
+    return text
+
+
 def _likely_counts(num_samples: int, share: float) -> FloatArray:
     """Counts that occur with a probability worth adding, as floats."""
     mean = num_samples * share

@@ -49,7 +49,7 @@ def verdict_strip(
         return (
             100.0 * min(1.0, max(0.0, (value - low) / (high - low)))
             if math.isfinite(value)
-            else 99.0
+            else 97.0
             if value > 0
             else 1.0
         )
@@ -70,11 +70,7 @@ def log_strip(values: Sequence[tuple[str, float]], limit: float | None, decades:
     first, last = decades
 
     def x(value: float) -> float:
-        if value <= 0.0:
-            return 2.0
-        if not math.isfinite(value):
-            return 98.0
-        return 6.0 + 88.0 * min(1.0, max(0.0, (math.log10(value) - first) / (last - first)))
+        return _log_x(value, decades)
 
     parts = [_line(x(10.0**decade), 4, x(10.0**decade), 24, "grid") for decade in range(first, last + 1)]
     if limit is not None and limit > 0.0:
@@ -87,6 +83,34 @@ def log_strip(values: Sequence[tuple[str, float]], limit: float | None, decades:
             f"<title>{escape(name)}: {format_number(value)}</title></circle>"
         )
     return _svg("".join(parts), label, css="strip", height=28)
+
+
+def pair_strip(values: Sequence[tuple[str, float]], decades: tuple[int, int], *, label: str) -> str:
+    """Two dots on a logarithmic axis, 'before' and 'after', joined by a line."""
+    first, last = decades
+    parts = [
+        _line(_log_x(10.0**decade, decades), 4, _log_x(10.0**decade, decades), 24, "grid")
+        for decade in range(first, last + 1)
+    ]
+    if len(values) == 2:
+        parts.append(_line(_log_x(values[0][1], decades), 14, _log_x(values[1][1], decades), 14, "interval p-a"))
+    for name, value in values:
+        css = "f-data" if name == "after" else "f-before"
+        parts.append(
+            f'<circle class="{css}" cx="{_log_x(value, decades):.2f}%" cy="14" r="5">'
+            f"<title>{escape(name)}: {format_number(value)}</title></circle>"
+        )
+    return _svg("".join(parts), label, css="strip", height=28)
+
+
+def _log_x(value: float, decades: tuple[int, int]) -> float:
+    """Per cent of the width: zero at the left edge, infinity at the right."""
+    first, last = decades
+    if value <= 0.0:
+        return 2.0
+    if not math.isfinite(value):
+        return 98.0
+    return 6.0 + 88.0 * min(1.0, max(0.0, (math.log10(value) - first) / (last - first)))
 
 
 def decade_labels(decades: tuple[int, int]) -> str:
@@ -146,8 +170,10 @@ def latency_points(sides: Mapping[str, FloatArray], *, label: str) -> str:
     return _svg("".join(parts), label, css="plot", height=170, view="0 0 604 160")
 
 
-def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, log_scale: bool = False) -> str:
-    """Curves over epochs: name -> (x, y) points; values that are not finite leave a gap."""
+def line_chart(
+    series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, log_scale: bool = False, x_name: str = "epoch"
+) -> str:
+    """Curves over epochs (or what `x_name` says): name -> (x, y) points; values that are not finite leave a gap."""
     points = [point for curve in series.values() for point in curve if _drawable(point[1], log_scale)]
     if not points:
         return ""
@@ -165,7 +191,9 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], *, label: st
         shown = format_number(2.0**mark if log_scale else mark)
         parts.append(f'<line class="grid" x1="44" y1="{y:.1f}" x2="310" y2="{y:.1f}"/>')
         parts.append(f'<text x="40" y="{y + 4:.1f}" text-anchor="end">{shown}</text>')
-    parts.append(f'<text x="44" y="144">{left:g}</text><text x="310" y="144" text-anchor="end">epoch {right:g}</text>')
+    parts.append(
+        f'<text x="44" y="144">{left:g}</text><text x="310" y="144" text-anchor="end">{escape(x_name)} {right:g}</text>'
+    )
     for curve, css in zip(series.values(), ("b", "a"), strict=False):
         path, pen_down = [], False
         for point in curve:
@@ -182,6 +210,40 @@ def _drawable(value: float, log_scale: bool) -> bool:
 
 def _level(value: float, log_scale: bool) -> float:
     return math.log2(value) if log_scale else value
+
+
+_FORMATS = {"fp16": (-14, -25, 15), "bf16": (-126, -134, 127)}
+"""Exponent of the smallest normal value, of the largest that rounds to zero, and of the largest value."""
+
+
+def exponent_histogram(counts: Mapping[int, int], precision: str, *, label: str) -> str:
+    """How many values have each power of two (logarithmic heights), coloured by what the half format does to them."""
+    present = [exponent for exponent, count in counts.items() if count > 0 and exponent > -127]
+    if not present:
+        return ""
+    normal, zero, largest = _FORMATS.get(precision, _FORMATS["fp16"])
+    lowest, highest = min(present), max(present)
+    first = min(lowest, normal if normal > lowest - 16 else lowest) - 1
+    last = max(highest, largest if largest < highest + 4 else highest) + 1
+    width, top = 262.0 / (last - first + 1), math.log10(1 + max(counts.values()))
+    parts = []
+    for exponent in range(first, last + 1):
+        count = counts.get(exponent, 0)
+        if not count or exponent <= -127:  # zeros and float32 subnormals
+            continue
+        css = "x-lost" if exponent > largest or exponent <= zero else "x-weak" if exponent < normal else "x-good"
+        height = 4 + 92 * math.log10(1 + count) / top
+        parts.append(
+            f'<rect class="{css}" x="{48 + width * (exponent - first):.1f}" y="{110 - height:.1f}" '
+            f'width="{max(width - 0.8, 0.8):.1f}" height="{height:.1f}"><title>2^{exponent}: {count:,}</title></rect>'
+        )
+    for edge in (normal, largest + 1):
+        if first <= edge <= last + 1:
+            x = 48 + width * (edge - first)
+            parts.append(f'<line class="limit" x1="{x:.1f}" y1="6" x2="{x:.1f}" y2="112"/>')
+    parts.append(f'<text x="48" y="126">2^{first}</text><text x="310" y="126" text-anchor="end">2^{last}</text>')
+    parts.append(f'<text x="44" y="18" text-anchor="end">{max(counts.values()):.0e}</text>')
+    return _svg("".join(parts), label, css="plot", height=130, view="0 0 316 130")
 
 
 def share_bar(parts: Sequence[tuple[str, int]], *, label: str) -> str:

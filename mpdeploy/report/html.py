@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from mpdeploy.artifact import Golden
 from mpdeploy.errors import MissingExtraError, NotComparableError
 from mpdeploy.files import write_text
 from mpdeploy.gates.evidence import Evidence
-from mpdeploy.report import run_tables, samples, sections
+from mpdeploy.report import precision_map, run_tables, samples, sections
+from mpdeploy.report.graph import Node
 from mpdeploy.report.reading import SYMBOLS, Json, counted, headline, worst_first
 from mpdeploy.run_dir import RunDir
 
@@ -19,7 +20,12 @@ TEMPLATE = "report.html.j2"
 
 
 def render_html(
-    run_dir: RunDir, gate: dict[str, Any], *, plans: Mapping[str, Json] | None = None, golden: Golden | None = None
+    run_dir: RunDir,
+    gate: dict[str, Any],
+    *,
+    plans: Mapping[str, Json] | None = None,
+    golden: Golden | None = None,
+    graph: Sequence[Node] | None = None,
 ) -> str:
     """The page as text.
 
@@ -28,24 +34,13 @@ def render_html(
         gate: gate.json.
         plans: a name for each (`fp16`) -> plan.json.
         golden: the golden samples, for pictures and labels of what changed most.
+        graph: the outline of the FP32 model, for the order and the blocks of its nodes.
 
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtraError.for_extra("jinja2", "report") from error
     evidence, fault = _evidence(run_dir)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["code"] = _code
-    return environment.get_template(TEMPLATE).render(
+    text: str = page_template(TEMPLATE).render(
         gate=gate,
         symbol=SYMBOLS[gate["verdict"]],
         headline=headline(gate),
@@ -57,7 +52,11 @@ def render_html(
         samples=samples.changed_samples(evidence, golden),
         latency=sections.latency_cards(gate, evidence),
         training=sections.training_cards(run_dir),
-        precision=run_tables.precision_maps(plans or {}),
+        precision=precision_map.precision_maps(plans or {}, graph, run_dir),
+        fp32_engines=precision_map.fp32_engines(run_dir),
+        slices=sections.slice_rows(gate),
+        corpus=sections.corpus_lines(gate),
+        noise=sections.noise_lines(gate, run_dir),
         engines=run_tables.engine_rows(run_dir, gate),
         stages=run_tables.stage_rows(run_dir),
         environment=run_tables.flat_items(gate["environment"]),
@@ -65,6 +64,28 @@ def render_html(
         commands=_commands(run_dir),
         run=run_dir.path.name,
     )
+    return text
+
+
+def page_template(name: str) -> Any:
+    """A template of this folder.
+
+    Raises:
+        MissingExtraError: jinja2 is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise MissingExtraError.for_extra("jinja2", "report") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["code"] = _code
+    return environment.get_template(name)
 
 
 def write_html(
@@ -74,9 +95,10 @@ def write_html(
     *,
     plans: Mapping[str, Json] | None = None,
     golden: Golden | None = None,
+    graph: Sequence[Node] | None = None,
 ) -> None:
     """Write the page, atomically."""
-    write_text(path, render_html(run_dir, gate, plans=plans, golden=golden))
+    write_text(path, render_html(run_dir, gate, plans=plans, golden=golden, graph=graph))
 
 
 def _code(text: str) -> Any:

@@ -54,7 +54,7 @@ def drift_rows(gate: Json) -> dict[str, Any]:
     """The waterfall: one row a place and output on one logarithmic axis, each with the limit that holds there."""
     limits: dict[str, float] = {}
     for verdict in gate["verdicts"]:
-        if verdict["metric"] == "rel_l2":
+        if verdict["metric"] == "rel_l2" and not verdict.get("slice"):
             limits[verdict["at"]] = min(limits.get(verdict["at"], math.inf), number(verdict["limit"]))
     cells = [
         (at, name, {key: number(value) for key, value in output.items()})
@@ -91,7 +91,7 @@ def accuracy_rows(gate: Json) -> list[dict[str, Any]]:
     decided = {
         verdict["at"]: verdict
         for verdict in gate["verdicts"]
-        if verdict["metric"] in ("score_drop", "relative_score_drop")
+        if verdict["metric"] in ("score_drop", "relative_score_drop") and not verdict.get("slice")
     }
     rows = []
     for at, place in gate["places"].items():
@@ -127,6 +127,74 @@ def accuracy_rows(gate: Json) -> list[dict[str, Any]]:
     return rows
 
 
+MAX_SLICE_ROWS = 80
+
+
+def slice_rows(gate: Json) -> dict[str, Any]:
+    """Every slice at every place, the largest drop first, then the largest drift."""
+    rows = []
+    failed = {
+        (verdict["at"], verdict.get("slice"))
+        for verdict in gate["verdicts"]
+        if verdict["verdict"] == "fail" and not verdict["advisory"]
+    }
+    for at, place in gate["places"].items():
+        for name, found in place.get("slices", {}).items():
+            scores, drift = found.get("scores"), number(found.get("rel_l2"))
+            drop = number(scores["baseline_mean"]) - number(scores["mean"]) if scores else 0.0
+            rows.append(
+                {
+                    "at": at,
+                    "name": name,
+                    "num_samples": f"{found['num_samples']:,}",
+                    "mean": "" if scores is None else f"{number(scores['mean']):.4g}",
+                    "baseline_mean": "" if scores is None else f"{number(scores['baseline_mean']):.4g}",
+                    "flips": found["flips"]["count"] if "flips" in found else "",
+                    "rel_l2": "" if math.isnan(drift) else format_number(drift),
+                    "failed": (at, name) in failed,
+                    "order": (-drop, -drift if math.isfinite(drift) else -math.inf),
+                }
+            )
+    rows.sort(key=lambda row: (not row["failed"], row["order"]))
+    return {"rows": rows[:MAX_SLICE_ROWS], "more": max(0, len(rows) - MAX_SLICE_ROWS)}
+
+
+def corpus_lines(gate: Json) -> list[str]:
+    """The corpus metric of each place in a sentence."""
+    return [
+        f"{at}: {place['corpus']['metric']} {format_number(number(place['corpus']['value']))} against "
+        f"{format_number(number(place['corpus']['baseline_value']))} of {place['baseline']}"
+        for at, place in gate["places"].items()
+        if "corpus" in place
+    ]
+
+
+_NOISE = {"noise_rerun_rel_l2": "run again", "noise_rebuild_rel_l2": "built again"}
+
+
+def noise_lines(gate: Json, run_dir: RunDir) -> list[str]:
+    """What moves when nothing was changed: limits below this cannot be kept."""
+    lines = []
+    for at, place in gate["places"].items():
+        found = [
+            f"{text} {format_number(number(place['facts'][key]))}"
+            for key, text in _NOISE.items()
+            if key in place["facts"]
+        ]
+        if found:
+            lines.append(f"{at} against itself (rel_l2): {', '.join(found)}.")
+    record = run_dir.record("50-validate")
+    seeds = record.report.get("noise_floors", {}).get("seeds") if record else None
+    if seeds:
+        scores = ", ".join(format_number(number(score)) for score in seeds["scores"].values())
+        flips = seeds.get("flips_between_two")
+        lines.append(
+            f"FP32 models of other seeds score {scores}"
+            + (f"; two of them differ on {100 * flips:.2g} % of the samples." if flips is not None else ".")
+        )
+    return lines
+
+
 # -- latency, training ----------------------------------------------------------------------------------------
 
 
@@ -142,7 +210,8 @@ def latency_cards(gate: Json, evidence: Evidence | None) -> list[dict[str, Any]]
         summary = place["latency"]
         median, before = number(summary["median_ms"]), number(summary["baseline_median_ms"])
         p99 = summary["p99_ms"]
-        caption = f"{format_number(median)} ms against {format_number(before)} ms of {place['baseline']}"
+        baseline = str(place["notes"].get("latency_baseline", place["baseline"]))
+        caption = f"{format_number(median)} ms against {format_number(before)} ms of {baseline}"
         raw = evidence.places.get(at) if evidence is not None else None
         plot = ""
         if raw is not None and {"latency_a_ms", "latency_b_ms"} <= raw.arrays.keys():
@@ -156,13 +225,30 @@ def latency_cards(gate: Json, evidence: Evidence | None) -> list[dict[str, Any]]
                 if p99 is not None
                 else "not claimed (fewer than 299 samples)",
                 "num_samples": summary["num_samples"],
-                "includes": place["facts"].get("latency_includes_b", ""),
-                "baseline": place["baseline"],
+                "includes": "" if at in messages else place["facts"].get("latency_includes_b", ""),
                 "message": messages.get(at, ""),
                 "plot": plot,
+                **_sweep(at, place["facts"].get("batch_sweep")),
             }
         )
     return cards
+
+
+def _sweep(at: str, rows: Any) -> dict[str, Any]:
+    """Throughput over batch, as a chart and in words; empty where none was measured."""
+    found = [
+        (number(row.get("batch")), number(row.get("median_ms")), number(row.get("throughput_per_s")))
+        for row in dicts(rows)
+    ]
+    if not found:
+        return {"sweep": "", "sweep_text": ""}
+    text = "; ".join(f"batch {batch:g}: {format_number(ms)} ms, {rate:,.0f}/s" for batch, ms, rate in found)
+    chart = charts.line_chart(
+        {at: [(batch, rate) for batch, _, rate in found]},
+        label=f"Samples a second by batch at {at}: {text}",
+        x_name="batch",
+    )
+    return {"sweep": chart, "sweep_text": text}
 
 
 def training_cards(run_dir: RunDir) -> list[dict[str, str]]:

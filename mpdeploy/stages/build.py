@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mpdeploy.artifact import FileArtifact, OnnxModel
@@ -77,7 +79,7 @@ class BuildStage:
         cannot_run = engine_backend.can_run()
         report = {
             "precision": precision,
-            "audit": audit_report(audit, plan),
+            "audit": audit_report(audit, plan, _makers_of_outputs(model.path)),
             "bytes": sum(file.stat().st_size for file in folder.glob("engine.*") if file.suffix != ".json"),
             "cannot_run_here": None if cannot_run is None else {"reason": cannot_run.reason, "hint": cannot_run.hint},
         }
@@ -89,12 +91,33 @@ def _concerns(engine: str, package: str) -> bool:
     return package == "mpdeploy" or package.split("-cu13")[0].removesuffix("-gpu") == engine
 
 
-def audit_report(audit: Audit, plan: dict[str, Any]) -> dict[str, Any]:
+def _makers_of_outputs(model: Path) -> dict[str, str]:
+    """Graph output -> id of the node that makes it."""
+    import onnx_ir as ir
+
+    from mpdeploy.precision.graph_index import GraphIndex
+
+    index = GraphIndex.of(ir.load(model))
+    return {
+        value.name or "": node_id
+        for node_id, node in index.nodes.items()
+        for value in node.outputs
+        if value.is_graph_output()
+    }
+
+
+def audit_report(audit: Audit, plan: dict[str, Any], makers: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The audit against the plan: kept nodes that run in half (a fault), half nodes that run in FP32 (a finding).
 
     An engine of the FP32 model has no plan: no node of it may be in half, and none should be.
+
+    Args:
+        audit: what the engine runs.
+        plan: what `plan.json` holds, or empty.
+        makers: graph output -> its node: OpenVINO names a layer that makes an output after the output, and not after the node.
     """
     found = audit.of_nodes()
+    found |= {node: found[output] for output, node in (makers or {}).items() if output in found}
     counts = audit.count_by_precision()
     if not plan:
         in_half = [layer.name for layer in audit.layers if layer.precision in HALF]
@@ -110,6 +133,7 @@ def audit_report(audit: Audit, plan: dict[str, Any]) -> dict[str, Any]:
         "source": audit.source,
         "realised": audit.realised,
         "layers": counts,
+        "nodes": found,
         "kept_in_half": [node for node in kept if found.get(node) in HALF],
         "half_in_fp32": [node for node in plan["half"] if found.get(node) in ("fp32", "tf32")],
     }

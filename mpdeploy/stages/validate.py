@@ -5,7 +5,7 @@ Deciding is not done here: `mpdeploy.gates` decides from the evidence, now and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,15 @@ import numpy as np
 from mpdeploy.artifact import Array, Dataset, Engine, FileArtifact, Golden, OnnxModel, Runner
 from mpdeploy.engines import backend
 from mpdeploy.environment import fingerprint, hardware_key, package_versions
+from mpdeploy.errors import StageFailedError
 from mpdeploy.gates.evidence import HARNESS_VERSION, INDEX, Evidence, Place, arrays_of_drift
 from mpdeploy.measure import accuracy
+from mpdeploy.measure.corpus import CorpusDraws, corpus_draws
 from mpdeploy.measure.drift import DriftMeter
 from mpdeploy.pipeline import Context, Outcome
 from mpdeploy.run_dir import StageRecord
+from mpdeploy.stages.noise import batch_sweep, engine_noise, seed_noise
+from mpdeploy.stages.user_metrics import corpus_metric_name, resolved_corpus_metric, sample_groups
 
 NAME = "50-validate"
 
@@ -63,6 +67,8 @@ class ValidateStage:
             place = measuring.engine(name)
             if place is not None:
                 places.append(place)
+        _check_siblings(places)
+        noise = seed_noise(context, measuring.dataset, measuring.scored_by)
         evidence = Evidence(
             places={place.at: place for place in places},
             digests={"dataset": measuring.golden.dataset.digest, "golden": measuring.golden_file.sha256},
@@ -74,6 +80,12 @@ class ValidateStage:
             "places": {place.at: _summary(place) for place in places},
             "num_samples": len(measuring.golden.dataset),
             "metric": accuracy.metric_name(context.pipeline.validation.metric),
+            "noise_floors": {
+                place.at: found
+                for place in places
+                if (found := {key: value for key, value in place.facts.items() if key.startswith("noise_")})
+            }
+            | ({"seeds": noise} if noise else {}),
         }
         return Outcome({"evidence": FileArtifact.of(folder / INDEX)}, report)
 
@@ -87,11 +99,41 @@ class _Measuring:
         self.dataset: Dataset = self.golden.dataset
         self.golden_scores = self._scores(self.golden.outputs)
         self.golden_predictions = accuracy.predictions(self.config.metric, self.golden.outputs)
+        self.groups = sample_groups(self.config, self.dataset)
+        corpus_metric = self.config.corpus_metric
+        self.corpus_metric = None if corpus_metric is None else resolved_corpus_metric(corpus_metric)
+        self.golden_corpus = self._corpus(self.golden.outputs)
+
+    def _corpus(self, outputs: Mapping[str, Array]) -> CorpusDraws | None:
+        if self.corpus_metric is None:
+            return None
+        return corpus_draws(
+            self.corpus_metric, outputs, self.dataset.labels, clusters=self.groups.get("clusters"),
+            num_resamples=self.config.corpus_resamples,
+        )  # fmt: skip
+
+    def _corpus_facts(self, outputs: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Any]]:
+        """The corpus metric here and of the golden answers: (arrays, facts)."""
+        here, golden = self._corpus(outputs), self.golden_corpus
+        if here is None or golden is None:
+            return {}, {}
+        arrays = {"corpus_draws": here.draws, "baseline_corpus_draws": golden.draws}
+        facts = {
+            "corpus_value": here.value, "baseline_corpus_value": golden.value, "corpus_num_units": here.num_units,
+            "corpus_num_samples": len(self.dataset),
+        }  # fmt: skip
+        return arrays, facts
+
+    def scored_by(self, outputs: Mapping[str, Array]) -> tuple[Array, Array | None]:
+        """Scores and predicted classes of outputs."""
+        return self._scores(outputs), accuracy.predictions(self.config.metric, outputs)
 
     def _scores(self, outputs: Mapping[str, Array]) -> Array:
         return accuracy.score(self.config.metric, outputs, self.dataset.labels)
 
     def _notes(self, **more: Any) -> dict[str, Any]:
+        if self.config.corpus_metric is not None:
+            more["corpus_metric"] = corpus_metric_name(self.config.corpus_metric)
         return {"metric": accuracy.metric_name(self.config.metric), **more}
 
     def _record(self, name: str) -> StageRecord:
@@ -105,13 +147,15 @@ class _Measuring:
             "ids": self.dataset.ids,
             "scores": self._scores(outputs),
             "baseline_scores": self.golden_scores,
+            **self.groups,
         }
         predicted = accuracy.predictions(self.config.metric, outputs)
         if predicted is not None and self.golden_predictions is not None:
             arrays |= {"predictions": predicted, "baseline_predictions": self.golden_predictions}
         return arrays
 
-    def _against_golden(self, runner: Runner) -> dict[str, Array]:
+    def _against_golden(self, runner: Runner) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Scores, drift and the corpus metric of a runner's answers: (arrays, facts)."""
         meter = DriftMeter()
         parts: dict[str, list[Array]] = {}
         size, start = self.config.batch_size, 0
@@ -123,7 +167,8 @@ class _Measuring:
                 parts.setdefault(name, []).append(found[name])
             start += size
         outputs = {name: np.concatenate(arrays) for name, arrays in parts.items()}
-        return self._scored(outputs) | arrays_of_drift(meter.report())
+        arrays, facts = self._corpus_facts(outputs)
+        return self._scored(outputs) | arrays_of_drift(meter.report()) | arrays, facts
 
     def _latency_feeds(self) -> dict[str, Array]:
         return {
@@ -164,9 +209,9 @@ class _Measuring:
 
         model = self.context.run.artifact("20-export", "model")
         with OrtRunner(model.path) as runner:
-            arrays = self._against_golden(runner)
+            arrays, facts = self._against_golden(runner)
         return Place(
-            "onnx", "fp32", "20-export", arrays=arrays, facts={"size_bytes": model.path.stat().st_size},
+            "onnx", "fp32", "20-export", arrays=arrays, facts=facts | {"size_bytes": model.path.stat().st_size},
             digests={"artifact": model.sha256}, notes=self._notes(role="the baseline of every latency"),
         )  # fmt: skip
 
@@ -182,11 +227,12 @@ class _Measuring:
 
         model = self.context.run.artifact("30-convert", precision)
         with emulated_runner(ir.load(model.path)) as runner:
-            arrays = self._against_golden(runner)
+            arrays, facts = self._against_golden(runner)
         kept = self._record("30-convert").report[precision]["kept"]
         return Place(
             f"emulated/{precision}", precision, "30-convert", arrays=arrays,
-            facts={"size_bytes": model.path.stat().st_size, "num_kept": len(kept)}, digests={"artifact": model.sha256},
+            facts=facts | {"size_bytes": model.path.stat().st_size, "num_kept": len(kept)},
+            digests={"artifact": model.sha256},
             notes=self._notes(),
         )  # fmt: skip
 
@@ -222,13 +268,49 @@ class _Measuring:
 
         model = self.context.run.artifact("20-export", "model")
         with OrtRunner(model.path) as baseline, backend(name).load(engine) as runner:
-            arrays = self._against_golden(runner)
+            arrays, facts = self._against_golden(runner)
             report = measure_pair(baseline, runner, self._latency_feeds(), self.config.latency_samples)
+            sweep = batch_sweep(runner, self.dataset, self._sweep_batches(engine))
         arrays |= report.arrays()
+        facts |= report.facts() | engine_noise(self.context, engine, self.dataset, self.config)
+        if sweep:
+            facts["batch_sweep"] = sweep
         notes = {"latency_baseline": "onnx", "latency_warning": report.warning, "device": report.b.device}
         if name == "onnxruntime" and engine.precision == "fp32" and engine.sidecar.get("device") == "cpu":
             notes["latency_note"] = "the same runtime, precision and graph as its baseline: its ratio shows the noise"
-        return arrays, report.facts(), notes
+        return arrays, facts, notes
+
+    def _sweep_batches(self, engine: Engine) -> list[int]:
+        """The batches asked for that the engine's profile allows and the samples fill."""
+        profile = engine.sidecar.get("profile") or {}
+        largest = min([len(self.dataset), *(int(shapes[2][0]) for shapes in profile.values() if shapes[2])])
+        smallest = max([1, *(int(shapes[0][0]) for shapes in profile.values() if shapes[0])])
+        return [batch for batch in self.config.sweep_batches if smallest <= batch <= largest]
+
+
+SAMPLED = ("scores", "baseline_scores", "predictions", "baseline_predictions", "corpus_draws", "clusters")
+
+
+def _check_siblings(places: Sequence[Place]) -> None:
+    """Refuse a place that lost a metric which its siblings, measured on the same samples, have: a gate would look past it.
+
+    Raises:
+        StageFailedError: with the place and what it lacks.
+    """
+    siblings = [place for place in places if place.status == "measured" and place.baseline == "golden"]
+    answered = [place for place in siblings if any(name.startswith("drift/") for name in place.arrays)]
+
+    def metrics(place: Place) -> set[str]:
+        return {name for name in place.arrays if name in SAMPLED or name.startswith(("drift/", "slice/"))}
+
+    everything = set().union(*(metrics(place) for place in answered))
+    for place in siblings:
+        lacking = sorted(everything - metrics(place))
+        if lacking and (place in answered or place.at.startswith(("engine/", "emulated/", "onnx"))):
+            raise StageFailedError(
+                f"`{place.at}` was measured without {', '.join(lacking[:4])}, which its siblings have: a metric was lost.",
+                hint="look at the engine's outputs and at what the metric function returns for them",
+            )
 
 
 def _summary(place: Place) -> dict[str, Any]:

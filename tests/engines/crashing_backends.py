@@ -13,7 +13,9 @@ from mpdeploy.errors import BuildError
 
 
 def _row(build: Any) -> Any:
-    return SimpleNamespace(name="crashing", build=build, available=lambda: None, can_run=lambda: None, takes=lambda: "fp32")
+    return SimpleNamespace(
+        name="crashing", build=build, available=lambda: None, can_run=lambda: None, takes=lambda: "fp32"
+    )
 
 
 def _segfault(*_: Any) -> Any:

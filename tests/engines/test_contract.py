@@ -146,7 +146,7 @@ def test_the_audit_lists_the_matrix_products(row, engine):
 
 def test_an_unknown_option_is_refused_with_the_closest_ones(row, engine, tmp_path):
     model = describe_model(tmp_path / "model.onnx")
-    with pytest.raises(ConfigError, match="no option|thraeds"):
+    with pytest.raises(ConfigError, match=r"no option|thraeds"):
         row.build(model, default_profile(model.inputs, (1, 4, 8), {}), {"thraeds": 1}, engine.path.parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from torch import nn
 
 from mpdeploy.artifact import Checkpoint, Dataset
 from mpdeploy.config import DataConfig, Gate, Pipeline, TrainConfig
-from mpdeploy.errors import ConfigError, DataError, UserCodeError
+from mpdeploy.errors import ConfigError, DataError, MissingExtraError, UserCodeError
 from mpdeploy.gates.evidence import Evidence, Place
 from mpdeploy.gates.gate import decide
 from mpdeploy.pipeline import Context, Outcome, Silent
 from mpdeploy.run_dir import RunDir
 from mpdeploy.stages.train import TrainStage
 from mpdeploy.train import precision as train_precision
-from mpdeploy.train.splits import Splits
+from mpdeploy.train.splits import Splits, load_digits
 
 FEATURES, CLASSES = 16, 4
 SIZES = {"train": (0, 96), "early_stopping": (1000, 32), "calibration": (2000, 32), "gate": (3000, 32)}
@@ -279,3 +280,16 @@ def test_an_exception_in_the_users_own_functions_is_theirs(tmp_path, changes, na
     with pytest.raises(UserCodeError, match=r"test_train_stage\.py, line \d+, raised") as caught:
         go(tmp_path, a_pipeline(**changes))
     assert named in caught.value.message
+
+
+def test_without_torch_the_error_names_the_extra_that_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtraError, match="torch is not installed") as caught:
+        go(tmp_path, a_pipeline())
+    assert (caught.value.exit_code, caught.value.hint) == (21, "pip install 'mpdeploy[train]'")
+
+
+def test_without_scikit_learn_the_digits_name_the_extra_that_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingExtraError, match="scikit-learn is not installed"):
+        go(tmp_path, a_pipeline(data=load_digits))
