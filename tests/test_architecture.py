@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -43,19 +43,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "precision": {"artifact", "errors", "files"},
     "engines": {"precision"} | GROUND,
     "export": CAN_RUN,
-    # what the verbs call
-    "building": CAN_RUN,
-    "comparison": {"building"} | CAN_RUN,
-    "conversion": CAN_RUN,
-    "inspection": {"building"} | CAN_RUN,
-    "doctor": CAN_RUN,
     "scaffold": GROUND,
     "pipeline": GROUND,
-    "stages": {"conversion", "export", "gates", "pipeline", "train"} | CAN_RUN,
+    "stages": {"export", "gates", "pipeline", "train"} | CAN_RUN,
     "report": {"gates", "measure"} | GROUND,
     "serve": {"engines", "gates"} | GROUND,
     "train_and_export": {"gates", "pipeline", "report", "stages"} | CAN_RUN,
 }  # fmt: skip
+# what the verbs call (`building.py`, `conversion.py`, ...): any file at the top that has no row of its own
+CALLED = {path.stem for path in HOUSE.glob("*.py")} - set(MAY_IMPORT)
+MAY_IMPORT |= dict.fromkeys(CALLED, CALLED | CAN_RUN)
+MAY_IMPORT["stages"] |= CALLED
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__", "stages", "train", "export", "precision"}
 
 # library -> where it may be imported at all
@@ -137,7 +135,7 @@ def faults(find: Callable[[Path], object]) -> dict[str, object]:
     return {where(path): wrong for path in FILES if (wrong := find(path))}
 
 
-def test_every_room_has_a_row_in_the_import_rule():
+def test_every_package_has_a_row_in_the_import_rule():
     assert {room_of_file(path) for path in FILES} <= set(MAY_IMPORT)
 
 
@@ -164,12 +162,24 @@ def test_no_room_but_the_entry_point_imports_the_command_line():
     assert [room for room, allowed in MAY_IMPORT.items() if "cli" in allowed] == ["__main__"]
 
 
-def test_the_import_rule_has_no_circle():
-    ground = {room: allowed & GROUND for room, allowed in MAY_IMPORT.items() if room in GROUND}
-    placed: set[str] = set()
-    while ready := {room for room in ground if room not in placed and ground[room] <= placed}:
-        placed |= ready
-    assert placed == GROUND
+def in_circles(imported: Mapping[str, set[str]]) -> set[str]:
+    """Rooms that import each other in a circle, and those above them."""
+    left = {room: names - {room} for room, names in imported.items()}
+    while ready := {room for room, names in left.items() if not names & left.keys()}:
+        left = {room: names for room, names in left.items() if room not in ready}
+    return set(left)
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    imported: dict[str, set[str]] = {}
+    for path in FILES:
+        names = {room_of(name) for name, _ in imports(path.read_text()) if name.split(".")[0] == "mpdeploy"}
+        imported.setdefault(room_of_file(path), set()).update(names - {"__init__"})
+    assert in_circles(imported) == set()
+
+
+def test_a_circle_is_found():
+    assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"e"}, "e": set()}) == {"a", "b", "c"}
 
 
 def misplaced(path: Path, rooms: Mapping[str, tuple[str, ...]], *, when_loaded: bool) -> list[str]:
@@ -226,12 +236,14 @@ def test_the_check_for_heavy_libraries_sees_one_that_is_imported():
 
 
 def test_help_takes_less_than_300_ms():
+    """Of CPU time, which is what it takes on an idle machine: other tests run beside this one."""
     command = Path(sys.executable).with_name("mpdeploy")
     seconds = []
     for _ in range(5):
-        begin = time.perf_counter()
+        begin = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([command, "--help"], capture_output=True, check=True, timeout=60)
-        seconds.append(time.perf_counter() - begin)
+        end = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(end.ru_utime + end.ru_stime - begin.ru_utime - begin.ru_stime)
     assert min(seconds) < 0.3, seconds
 
 

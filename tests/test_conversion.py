@@ -328,4 +328,10 @@ def test_a_model_whose_node_names_repeat_can_be_measured(tmp_path: Path) -> None
     np.savez(tmp_path / "x.npz", x=X)
     done = convert(tmp_path / "m.onnx", data=str(tmp_path / "x.npz"), output=tmp_path / "out.onnx")
     assert done.drift.rel_l2 < 1e-2
-    assert rel_l2(run(load_model(tmp_path / "out.onnx"), {"x": X.astype(np.float16)})[0], run(named(graph(CHAIN, w=W)), {"x": X})[0]) < 1e-2
+    assert (
+        rel_l2(
+            run(load_model(tmp_path / "out.onnx"), {"x": X.astype(np.float16)})[0],
+            run(named(graph(CHAIN, w=W)), {"x": X})[0],
+        )
+        < 1e-2
+    )

@@ -146,26 +146,26 @@ def test_nothing_at_the_path_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_samples_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no .npz file"):
+    with pytest.raises(DataError, match=r"holds no .npz file"):
         _load(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 cut short"])
 def test_a_file_that_is_no_npz_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "d.npz").write_bytes(content)
-    with pytest.raises(DataError, match="is not a readable .npz file"):
+    with pytest.raises(DataError, match=r"is not a readable .npz file"):
         _load(str(tmp_path / "d.npz"))
 
 
 def test_a_truncated_npz_is_an_error(tmp_path: Path) -> None:
     path = Path(_npz(tmp_path, x=_rows(100)))
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(DataError, match="is not a readable .npz file"):
+    with pytest.raises(DataError, match=r"is not a readable .npz file"):
         _load(str(path))
 
 
 def test_pickled_objects_are_never_loaded(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is not a readable .npz file") as raised:
+    with pytest.raises(DataError, match=r"is not a readable .npz file") as raised:
         _load(_npz(tmp_path, x=np.array([{"a": 1}], dtype=object)))
     assert "pickle" in str(raised.value).lower()
 

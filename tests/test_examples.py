@@ -91,7 +91,9 @@ def test_the_reader_of_blocks_sees_marks_and_lines() -> None:
     ]
 
 
-@pytest.mark.parametrize(("commands", "code"), [("true\n", 0), ("false\ntrue\n", 1), ("false | true\n", 1), ("echo $UNSET_NAME\n", 1)])
+@pytest.mark.parametrize(
+    ("commands", "code"), [("true\n", 0), ("false\ntrue\n", 1), ("false | true\n", 1), ("echo $UNSET_NAME\n", 1)]
+)
 def test_a_block_fails_at_its_first_failing_command(commands: str, code: int) -> None:
     process = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], capture_output=True, check=False)
     assert (process.returncode != 0) is (code != 0)

@@ -183,7 +183,8 @@ class OrtRunner:
 
 
 def _spec(item: Any) -> TensorSpec:
-    dtype = _NUMPY.get(item.type, item.type.removeprefix("tensor(").removesuffix(")"))
+    kind = item.type[len("optional(") : -1] if item.type.startswith("optional(") else item.type
+    dtype = _NUMPY.get(kind, kind.removeprefix("tensor(").removesuffix(")"))
     return TensorSpec(item.name, dtype, tuple(item.shape) if item.shape is not None else None)
 
 

@@ -145,6 +145,15 @@ def test_an_edited_model_retrains(again, run_copy):
     assert RunDir.open(run_copy).artifact("10-train", "model").sha256 != before
 
 
+def test_more_epochs_retrain(again, run_copy):
+    process = again(run_copy, "--set", "train.epochs=3", "--until", "10-train")
+    assert process.returncode == 0, process.stderr
+    assert "10-train: runs again: train.epochs changed (2 -> 3)" in process.stderr
+    trained = RunDir.open(run_copy).record("10-train")
+    assert trained is not None
+    assert len(trained.report["history"]) == 3
+
+
 def test_an_edited_comment_in_the_model_retrains_nothing(again, run_copy):
     edit(run_copy, "WIDTH = 8", "# how wide it is\nWIDTH = 8")
     assert ran(again(run_copy)) == []
@@ -172,6 +181,14 @@ def test_a_run_that_was_moved_is_still_the_same_run(again, run_copy, tmp_path):
     shutil.move(run_copy, tmp_path / "elsewhere" / "moved")
     shutil.move(tmp_path / "tiny.py", tmp_path / "elsewhere" / "tiny.py")
     assert ran(again(tmp_path / "elsewhere" / "moved")) == []
+
+
+def test_of_the_ranks_of_torchrun_only_the_first_goes_on(command, tiny_file, tmp_path, monkeypatch):
+    """The others end with 0: a failed gate must not make the launcher train again."""
+    monkeypatch.setenv("RANK", "1")
+    process = command("train-and-export", tiny_file, "--run", tmp_path / "run")
+    assert process.returncode == 0
+    assert not (tmp_path / "run").exists()
 
 
 # -- exit codes --------------------------------------------------------------------------------------------------------
