@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from mpdeploy.artifact import Array, Feeds
 from mpdeploy.data_files import FeedSet
-from mpdeploy.engines import onnxruntime as ort_engine
+from mpdeploy.emulated_runs import tensors_of
 from mpdeploy.measure.drift import per_sample
 from mpdeploy.precision.formats import HalfFormat
 from mpdeploy.precision.search_cost import FlowCosts
@@ -27,7 +26,7 @@ SUSPICIOUS = 0.05
 """Relative squared error of a rounding from which its units are suspected of being hard causes."""
 BATCH = 16
 """Samples of a run."""
-PROBES_AN_ITEM = 1.25
+PROBES_AN_ITEM = 1.0
 SAMPLES_A_PROBE = 2
 MAX_VALUES = 1 << 18
 """Values of a tensor that are looked at for the error it injects."""
@@ -51,7 +50,7 @@ def make_batches(feeds: FeedSet, infer: Callable[[Feeds], Mapping[str, Array]]) 
     batches: list[Batch] = []
     number = 0
     for feed in _merged(feeds):
-        golden = infer(feed)
+        golden = tensors_of(infer(feed))
         count = feeds.samples_in(feed)
         split = bool(feeds.batched) and all(array.ndim and len(array) == count for array in golden.values())
         count = count if split else 1
@@ -344,8 +343,3 @@ def held_out_samples(num_samples: int, seed: int) -> tuple[int, ...]:
         return ()
     order = np.random.default_rng(seed).permutation(num_samples)
     return tuple(sorted(int(sample) for sample in order[: num_samples // 4]))
-
-
-def session(path: Path) -> ort_engine.OrtRunner:
-    """A session for the switchable emulation."""
-    return ort_engine.OrtRunner(path)

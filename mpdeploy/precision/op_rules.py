@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpdeploy.precision.formats import HalfFormat
+
 
 @dataclass(frozen=True, slots=True)
 class OpRule:
@@ -16,6 +18,7 @@ class OpRule:
         op: its type; `domain` is the default one.
         keep: always FP32.
         keep_with_input: FP32 where one of these inputs is given.
+        keep_in: FP32 where these formats are asked for.
         float_inputs: input positions whose tensors stay FP32 although the schema admits half there.
         reason: why.
     """
@@ -24,6 +27,7 @@ class OpRule:
     reason: str
     keep: bool = False
     keep_with_input: tuple[int, ...] = ()
+    keep_in: tuple[str, ...] = ()
     float_inputs: tuple[int, ...] = ()
 
 
@@ -58,8 +62,12 @@ OP_RULES: tuple[OpRule, ...] = (
     OpRule(
         "GRU",
         keep_with_input=(4,),
-        reason="with sequence_lens, TensorRT's parser masks in FP32 and refuses half states",
+        keep_in=("bf16",),
+        reason="with sequence_lens, TensorRT's parser masks in FP32 and refuses half states; BF16 ones always",
     ),
+    OpRule("LpNormalization", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
+    OpRule("LpPool", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
+    OpRule("Mish", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
     OpRule(
         "RNN",
         keep_with_input=(4,),
@@ -70,6 +78,14 @@ OP_RULES: tuple[OpRule, ...] = (
     OpRule("DFT", keep=True, reason="no half kernel in ONNX Runtime, and its sums are as long as the signal"),
     OpRule("MelWeightMatrix", keep=True, reason="its values are frequencies"),
 )
+
+
+def keeps(op_type: str, half: HalfFormat) -> bool:
+    """Whether every node of an op stays FP32 in a format, by this table."""
+    rule = RULE_OF_OP.get(op_type)
+    return rule is not None and (rule.keep or half.name in rule.keep_in)
+
+
 RULE_OF_OP = {rule.op: rule for rule in OP_RULES}
 
 # Ops that compute nothing: the values that come out are values that went in (or exact functions of them, like Relu), so that a

@@ -18,7 +18,8 @@ from mpdeploy.precision.flow import build_flow, half_ports, has_float, shape_siz
 from mpdeploy.precision.formats import HalfFormat
 from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, constant_tensor
 from mpdeploy.precision.keep_list import KeepEntry
-from mpdeploy.precision.op_rules import RULE_OF_OP
+from mpdeploy.precision.op_rules import RULE_OF_OP, keeps
+from mpdeploy.precision.positions import position_arithmetic
 from mpdeploy.precision.range_rules import RANGE_RULES, Tensors
 from mpdeploy.precision.ranges import Ranges
 
@@ -112,6 +113,11 @@ def make_plan(
         if keep and node_id in keep:
             entry = keep[node_id]
             found.append(Reason("user", f"kept by '{entry.pattern}'" + (f" ({entry.note})" if entry.note else "")))
+    for node_id in position_arithmetic(index):
+        if node_id in reasons:
+            reasons[node_id].append(
+                Reason("op", "arithmetic on positions that ends in integers: rounding would give another index")
+            )
     _keep_for_constants(index, half, reasons, ranges)
     float_names = set(float_io)
     if ranges is not None:
@@ -179,7 +185,7 @@ def _reasons_of_op(index: GraphIndex, node: ir.Node, half: HalfFormat) -> list[R
         given = any(
             position < len(node.inputs) and node.inputs[position] is not None for position in rule.keep_with_input
         )
-        if rule.keep or given:
+        if keeps(node.op_type, half) or given:
             return [Reason("op", rule.reason)]
     unknown = [v.name for v in node.inputs if v is not None and v not in index.dtypes]
     if unknown:

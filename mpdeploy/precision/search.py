@@ -13,7 +13,7 @@ one with a known answer (search_synthetic.py). Everything that is measured goes 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from mpdeploy.precision.search_gains import Gains, estimate_gains
 from mpdeploy.precision.search_hard import find_hard, find_hub
 from mpdeploy.precision.search_soft import Proof, find_prefix, prove, prune
-from mpdeploy.precision.search_state import Ledger
+from mpdeploy.precision.search_state import Best, Ledger
 from mpdeploy.precision.search_types import (
     Evaluation,
     KeepSet,
@@ -100,6 +100,7 @@ def search(
     max_evaluations: float = math.inf,
     max_seconds: float = math.inf,
     on_progress: OnProgress = lambda _: None,
+    on_best: Callable[[Best], None] = lambda _: None,
     num_samples: int = 32,
     charged: float = 0.0,
     proof_evaluations: float = math.inf,
@@ -114,6 +115,7 @@ def search(
         max_evaluations: passes over all samples after which the best answer so far is given.
         max_seconds: the same in time.
         on_progress: told after every measurement.
+        on_best: given every answer that is better than all before: what a kill leaves.
         num_samples: of the data, for proofs on part of it.
         proof_evaluations: what the proof may cost; with less than one a kept unit, most are measured on some samples only.
         charged: evaluations that were spent before (the pass that gave the injected errors).
@@ -130,6 +132,7 @@ def search(
         max_evaluations=max_evaluations,
         max_seconds=max_seconds,
         on_progress=on_progress,
+        on_best=on_best,
     )
     with ledger:
         ledger.charge(charged)
@@ -162,6 +165,11 @@ class _Search:
         if self.all_half.passes:
             self._settle(frozenset(), met=True)
             return
+        everything = frozenset(ledger.problem.units)
+        if ledger.landscape is not None and not ledger.evaluate(everything, until="lost").passes:
+            self._estimate(everything)  # what dominates, for the advice
+            self._settle(everything, met=False)
+            return
         if self.all_half.lost:
             ledger.start("hard causes")
             self.hard = self._find_hard()
@@ -182,7 +190,16 @@ class _Search:
                 max_evaluations=min(ledger.evaluations_left, self.proof_evaluations),
                 num_samples=self.num_samples,
             )
-            self._settle(kept, met=True)
+            self._settle(self._confirmed(kept, self.kept or kept), met=True)
+
+    def _confirmed(self, kept: KeepSet, before: KeepSet) -> KeepSet:
+        """What the proof left, if the thing itself agrees; else with some, or all, of what it let go."""
+        gone = sorted(before - kept)
+        for restored in (0, (len(gone) + 1) // 2):
+            candidate = kept | frozenset(gone[:restored])
+            if candidate == before or self.ledger.confirm(candidate):
+                return candidate
+        return before
 
     def _settle(self, kept: KeepSet, *, met: bool) -> None:
         self.kept, self.met = kept, met
@@ -202,31 +219,38 @@ class _Search:
     def _soften(self, hard: KeepSet) -> tuple[KeepSet, bool]:
         """The additive part, beside the hard causes."""
         ledger = self.ledger
-        landscape, problem = ledger.landscape, ledger.problem
+        landscape = ledger.landscape
         if landscape is None:
             return self._soften_blindly(hard)
-        limit = problem.limit**2 if problem.gates_drift else (ledger.evaluate(hard).drift ** 2) / 4
-        ledger.start("gains", expected=PROBE_EVALUATIONS)
-        budget = min(PROBE_EVALUATIONS, PROBE_SHARE * ledger.evaluations_left)
-        self.gains = estimate_gains(
-            ledger,
-            target=limit,
-            budget=budget,
-            seed=self.seed,
-            max_probes=landscape.max_probes,
-            batch=landscape.samples_a_probe,
-        )
-        front = landscape.front(self.gains.energies, hard)
+        gains = self._estimate(hard)
+        front = landscape.front(gains.energies, hard)
         for _ in range(CONFIRMATIONS):
             ledger.start("prefix", expected=6.0)
             candidate, met = find_prefix(ledger, front, is_known_to_fail=front[0].kept == hard)
             if not met:
                 return candidate.kept, False
             ledger.start("prune", expected=6.0)
-            kept = prune(ledger, candidate.kept, hard, self.gains.energies)
+            kept = prune(ledger, candidate.kept, hard, gains.energies)
             if ledger.confirm(kept):
                 return kept, True
         return front[-1].kept, ledger.evaluate(front[-1].kept).passes and ledger.confirm(front[-1].kept)
+
+    def _estimate(self, beside: KeepSet) -> Gains:
+        """The energies of the parts."""
+        ledger = self.ledger
+        landscape, problem = ledger.landscape, ledger.problem
+        assert landscape is not None
+        limit = problem.limit**2 if problem.gates_drift else ledger.evaluate(beside).drift ** 2 / 4
+        ledger.start("gains", expected=PROBE_EVALUATIONS)
+        self.gains = estimate_gains(
+            ledger,
+            target=limit if math.isfinite(limit) else 1e-4,
+            budget=min(PROBE_EVALUATIONS, PROBE_SHARE * ledger.evaluations_left),
+            seed=self.seed,
+            max_probes=landscape.max_probes,
+            batch=landscape.samples_a_probe,
+        )
+        return self.gains
 
     def _soften_blindly(self, hard: KeepSet) -> tuple[KeepSet, bool]:
         """No parts are known: whatever makes the gate fail is found as hard causes are."""

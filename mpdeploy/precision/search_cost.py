@@ -97,9 +97,15 @@ def _operations(node: ir.Node, size_of: Callable[[ir.Value], float]) -> float:
 
 
 class FlowCosts:
-    """Labels keep-lists, prices them, and finds the best ones. Units that rules keep are fixed throughout."""
+    """Labels keep-lists, prices them, and finds the best ones.
 
-    def __init__(self, flow: Flow, switches: Sequence[Switch], costs: Costs) -> None:
+    Units that rules keep are fixed throughout; those in `never` are half whatever it takes.
+    """
+
+    def __init__(
+        self, flow: Flow, switches: Sequence[Switch], costs: Costs, never: frozenset[str] = frozenset()
+    ) -> None:
+        self.never = never
         self.flow = flow
         self.costs = costs
         self.switches = list(switches)
@@ -107,7 +113,9 @@ class FlowCosts:
         self.free = frozenset(
             unit.key
             for unit in flow.units
-            if not unit.fixed and (unit.node is None or ":out" not in unit.key or unit.gain > 0)
+            if not unit.fixed
+            and unit.key not in never
+            and (unit.node is None or ":out" not in unit.key or unit.gain > 0)
         )
         self._all = frozenset(unit.key for unit in flow.units)
         self._half_at_most = self._all - self.rule_fixed
@@ -122,7 +130,7 @@ class FlowCosts:
             return self.half_keys(kept)
         flow = Flow([replace(unit, fixed=unit.fixed or unit.key in kept) for unit in self.flow.units])
         flow.edges, flow.of_key = self.flow.edges, self.flow.of_key
-        return frozenset(half_units(flow))
+        return frozenset(half_units(flow)) | (self.never - self.rule_fixed)
 
     def cost(self, kept: KeepSet) -> float:
         """Of keeping exactly these, beyond what rules keep."""

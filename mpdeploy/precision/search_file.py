@@ -22,23 +22,23 @@ FORMAT = "mpdeploy keep-list 1"
 _NUMBER = re.compile(r"(?<=[^\d])\d+$")
 
 
-def entry_of(index: GraphIndex, unit: str, reasons: Sequence[Reason], answer: SearchAnswer) -> dict[str, Any]:
+def entry_of(index: GraphIndex, unit: str, reasons: Sequence[Reason], answer: SearchAnswer | None) -> dict[str, Any]:
     """One line of the keep-list.
 
     Args:
         index: the model.
         unit: a node's id, or `input:NAME`, `output:NAME`.
         reasons: why it is kept.
-        answer: holds the proof, from which the drift contributed is taken.
+        answer: holds the proof, from which the drift contributed is taken; None while the search runs.
     """
-    proof = next((proof for proof in answer.proofs if proof.unit == unit), None)
+    proof = None if answer is None else next((proof for proof in answer.proofs if proof.unit == unit), None)
     node = index.nodes.get(unit)
     entry: dict[str, Any] = {
         "node": unit,
         "op": node.op_type if node is not None else unit.split(":", 1)[0],
         "reason": "; ".join(map(str, reasons)),
     }
-    if proof is not None and proof.samples:
+    if answer is not None and proof is not None and proof.samples:
         drift = answer.evaluation.drift
         entry["drift_without"] = proof.drift_without
         entry["drift_contributed"] = math.sqrt(max(proof.drift_without**2 - drift**2, 0.0))
@@ -98,14 +98,16 @@ def rematch(index: GraphIndex, entries: Iterable[Mapping[str, Any] | str]) -> li
         index: the model as it is now.
         entries: the `keep` list of a file; plain strings are patterns.
     """
+    entries = list(entries)
     found: list[tuple[str, str]] = []
-    taken = {str(entry["node"]) for entry in entries_of(entries) if _fits(index, entry)}
+    unmoved = {str(entry["node"]) for entry in entries_of(entries) if _fits(index, entry)}
+    taken = set(unmoved)
     for entry in entries:
         if isinstance(entry, str):
             found.append((entry, ""))
             continue
         name, note = str(entry["node"]), str(entry.get("reason", ""))
-        if name not in taken:
+        if name not in unmoved:
             moved = _moved(index, entry, taken)
             if moved is not None:
                 taken.add(moved)

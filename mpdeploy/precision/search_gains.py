@@ -26,6 +26,9 @@ LOST_ENERGY = 1e6
 FLOOR = 1e-30
 ROUND = 32
 """Probes between two looks at where the threshold lies."""
+FIRST_SPREAD = 1.5
+GUESSED = 30
+"""The first guess of the spread counts as much as this many probes."""
 ENOUGH = 32
 """Probes of one item."""
 
@@ -44,7 +47,7 @@ class Gains:
 
     items: list[str]
     energies: dict[str, float] = field(default_factory=dict)
-    spread: float = 1.5
+    spread: float = FIRST_SPREAD
     noise: float = 0.7
     probes: int = 0
 
@@ -66,7 +69,7 @@ def estimate_gains(
     assert landscape is not None
     injected = np.array([landscape.injected[item] for item in landscape.items], dtype=np.float64)
     live = np.flatnonzero(injected > 0)
-    ln_injected = np.log(np.minimum(np.maximum(injected[live], FLOOR), 1.0))
+    ln_injected = np.log(np.clip(injected[live], FLOOR, LOST_ENERGY))
     state = _State(ledger, [landscape.items[int(i)] for i in live], ln_injected, seed, batch)
     budget = min(budget, ledger.evaluations_left)
     cost = min(batch / landscape.num_samples, 1.0)
@@ -99,7 +102,7 @@ class _State:
         self.hard = np.zeros(len(items), dtype=bool)
         self.factor = np.zeros(len(self.order))
         self.shift = 0.0
-        self.spread = 1.5
+        self.spread = FIRST_SPREAD
         self.noise = 0.7
         self.num_probes = 0
         self.mean = ln_injected.copy()
@@ -132,7 +135,9 @@ class _State:
             ]
             if len(within) >= 8:
                 self.noise = min(max(float(np.std(within)) / math.sqrt(2), 0.05), 2.0)
-            self.spread = max(math.sqrt(max(spread**2 - self.noise**2, 0.0)), 0.3)
+            learnt = max(spread**2 - self.noise**2, 0.0)
+            # few probes say little about how far gains spread: they count beside a first guess
+            self.spread = math.sqrt((len(soft) * learnt + GUESSED * FIRST_SPREAD**2) / (len(soft) + GUESSED))
         for i, seen in enumerate(self.seen):
             prior = 1.0 / self.spread**2
             weight = len(seen) / self.noise**2

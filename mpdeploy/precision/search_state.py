@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -51,6 +50,7 @@ class Ledger:
         seed: of the search.
         max_evaluations, max_seconds: when to stop with the best answer so far.
         on_progress: told after every measurement.
+        on_best: given every answer that is better than all before.
 
     Raises:
         UsageError: the log belongs to another problem.
@@ -66,7 +66,9 @@ class Ledger:
         max_evaluations: float = math.inf,
         max_seconds: float = math.inf,
         on_progress: OnProgress = lambda _: None,
+        on_best: Callable[[Best], None] = lambda _: None,
     ) -> None:
+        self._on_best = on_best
         self.problem = problem
         self.landscape = landscape
         self.evaluations = 0.0
@@ -200,6 +202,7 @@ class Ledger:
         cost = self.problem.cost(kept)
         if self._best is None or (cost, len(kept)) < (self._best.cost, len(self._best.kept)):
             self._best = Best(kept, found, cost)
+            self._on_best(self._best)
 
     def _count(self, share: float) -> None:
         self.evaluations += share
@@ -252,5 +255,4 @@ class Ledger:
     def _write(self, entry: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(json.dumps(finite_json(entry)) + "\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._file.flush()  # a kill of this process loses nothing; a power cut may lose lines, which are measured again

@@ -30,7 +30,9 @@ def test_the_node_that_overflows_is_named_first(tmp_path: Path) -> None:
 
 
 def test_what_follows_the_node_that_overflowed_is_not_blamed(tmp_path: Path) -> None:
-    infinite = [node for node, after in _blame(named(graph(SQUARES, w=W, k=np.float32(1000.0))), tmp_path) if math.isinf(after)]
+    infinite = [
+        node for node, after in _blame(named(graph(SQUARES, w=W, k=np.float32(1000.0))), tmp_path) if math.isinf(after)
+    ]
     assert infinite == ["sq"]
 
 
@@ -51,7 +53,9 @@ def test_a_kept_node_is_not_to_blame_for_what_it_was_given(tmp_path: Path) -> No
 def test_a_forced_conversion_that_loses_its_output_names_the_node_and_leaves_no_file(tmp_path: Path) -> None:
     ir.save(named(graph(SQUARES, w=W, k=np.float32(1000.0))), tmp_path / "m.onnx")
     np.savez(tmp_path / "x.npz", x=X)
-    with pytest.raises(GateFailedError, match="Output 'y' is lost in half precision: 24 values are not finite") as raised:
+    with pytest.raises(
+        GateFailedError, match="Output 'y' is lost in half precision: 24 values are not finite"
+    ) as raised:
         convert(tmp_path / "m.onnx", data=str(tmp_path / "x.npz"), output=tmp_path / "out.onnx", use_ranges=False)
     assert "Mul 'sq': " in str(raised.value)
     assert "--search" in str(raised.value)

@@ -35,9 +35,15 @@ def test_at_equal_cost_half_wins() -> None:
 
 
 def test_a_matrix_product_is_never_flipped() -> None:
-    done = converted(named(graph("g (float[N, 8] x) => (float[N, 8] y) { a = Exp(x)  m = MatMul(a, w)  y = Exp(m) }", w=W)), keep=["a", "y"])
+    done = converted(
+        named(graph("g (float[N, 8] x) => (float[N, 8] y) { a = Exp(x)  m = MatMul(a, w)  y = Exp(m) }", w=W)),
+        keep=["a", "y"],
+    )
     assert done.half == ["m"]
-    assert [line for line in done.lines if "Cast" in line] == ["a_to_float16 = Cast<FLOAT16>(a)", "m_to_float = Cast<FLOAT>(m)"]
+    assert [line for line in done.lines if "Cast" in line] == [
+        "a_to_float16 = Cast<FLOAT16>(a)",
+        "m_to_float = Cast<FLOAT>(m)",
+    ]
 
 
 def test_a_tensor_with_three_consumers_pays_one_cast() -> None:

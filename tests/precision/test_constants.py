@@ -95,7 +95,10 @@ def test_a_clip_to_the_largest_float_is_no_reason_to_stay() -> None:
 
 def test_a_huge_fill_value_keeps_constant_of_shape() -> None:
     text = "g (float[N, 8] x) => (float[N, 8] y) { s = Shape(x)  f = ConstantOfShape<value = float[1] {1e6}>(s)  y = Add(x, f) }"
-    assert plan_of(named(graph(text)))[1].kept["f"][0].text == "its fill value: |1e+06| is above the largest value held, 65504"
+    assert (
+        plan_of(named(graph(text)))[1].kept["f"][0].text
+        == "its fill value: |1e+06| is above the largest value held, 65504"
+    )
 
 
 def test_a_constant_that_stays_fp32_is_never_changed_in_the_file() -> None:

@@ -13,7 +13,21 @@ from mpdeploy.precision import emulate as emulation
 from mpdeploy.precision.emulate import CANARY_INPUT, canary, canary_answer, emulate
 from tests.precision.conformance_base import normal
 from tests.precision.visible import (
-    BF16, BFLOAT16, CHAIN, FLOAT, FLOAT16, FP16, W, X, converted, graph, lines, named, run, snapshot, types_of,
+    BF16,
+    BFLOAT16,
+    CHAIN,
+    FLOAT,
+    FLOAT16,
+    FP16,
+    W,
+    X,
+    converted,
+    graph,
+    lines,
+    named,
+    run,
+    snapshot,
+    types_of,
 )  # fmt: skip
 
 
@@ -36,7 +50,9 @@ def test_the_canary_would_notice_a_runtime_that_drops_them(monkeypatch: pytest.M
     from mpdeploy.engines import onnxruntime as engine
 
     engine._prove.cache_clear()
-    monkeypatch.setattr(emulation, "canary", lambda dtype: named(graph("g (float[K] x) => (float[K] y) { y = Identity(x) }")))
+    monkeypatch.setattr(
+        emulation, "canary", lambda dtype: named(graph("g (float[K] x) => (float[K] y) { y = Identity(x) }"))
+    )
     with pytest.raises(StageFailedError, match="does not round as FLOAT16 hardware does"):
         prove_pairs_are_kept(FLOAT16)
     engine._prove.cache_clear()
@@ -72,7 +88,10 @@ def test_every_half_tensor_goes_through_one_pair() -> None:
     assert [v.dtype for v in (*model.graph.inputs, *model.graph.outputs)] == [FLOAT, FLOAT]
 
 
-@pytest.mark.parametrize("op", ["Relu(h)", "Neg(h)", "Transpose(h)", "Reshape(h, s)", "Slice(h, z, o)", "Max(h, h)", "Concat<axis = 0>(h, h)"])
+@pytest.mark.parametrize(
+    "op",
+    ["Relu(h)", "Neg(h)", "Transpose(h)", "Reshape(h, s)", "Slice(h, z, o)", "Max(h, h)", "Concat<axis = 0>(h, h)"],
+)
 def test_what_an_op_copies_is_not_rounded_twice(op: str) -> None:
     text = f"g (float16[8, 8] x) => (float16[A, B] y) {{ h = MatMul(x, x)  c = {op}  y = MatMul(c, c) }}"
     model = _half(text, s=np.array([8, 8]), z=np.array([0]), o=np.array([8]))
@@ -88,7 +107,12 @@ def test_a_copy_of_something_wider_is_rounded() -> None:
 def test_kept_nodes_are_not_rounded() -> None:
     done = converted(named(graph(CHAIN, w=W)), keep=["e"], keep_io=True)
     made = lines(emulate(done.model))
-    assert [line.split(" = ")[0] for line in made if ".narrow = " in line] == ["x_to_float16.narrow", "h.narrow", "e_to_float16.narrow", "y_before_cast.narrow"]
+    assert [line.split(" = ")[0] for line in made if ".narrow = " in line] == [
+        "x_to_float16.narrow",
+        "h.narrow",
+        "e_to_float16.narrow",
+        "y_before_cast.narrow",
+    ]
     assert not any(line.startswith("e.narrow") for line in made)
 
 
@@ -141,13 +165,19 @@ def test_sums_are_fp32_inside_an_op_and_rounded_once() -> None:
     x = np.concatenate([np.ones(4096), [0.5]]).astype(np.float32)[None]
     model = _half("g (float16[N, K] x) => (float16[N, M] y) { y = MatMul(x, w) }", w=np.ones((4097, 1), np.float16))
     assert run(model, {"x": x})[0].item() == 4096.0
-    model = _half("g (float16[N, K] x) => (float16[N, M] y) { s = MatMul(x, w)  y = Sub(s, c) }", w=np.ones((4097, 1), np.float16), c=np.float16(4096))
+    model = _half(
+        "g (float16[N, K] x) => (float16[N, M] y) { s = MatMul(x, w)  y = Sub(s, c) }",
+        w=np.ones((4097, 1), np.float16),
+        c=np.float16(4096),
+    )
     assert run(model, {"x": x})[0].item() == 0.0
 
 
 def test_fp16_equals_numpy_step_by_step() -> None:
     w = (W * 3).astype(np.float16)
-    model = _half("g (float16[N, 8] x) => (float16[N, 8] y) { a = Mul(x, x)  b = Add(a, x)  y = Div(b, k) }", k=np.float16(3), w=w)
+    model = _half(
+        "g (float16[N, 8] x) => (float16[N, 8] y) { a = Mul(x, x)  b = Add(a, x)  y = Div(b, k) }", k=np.float16(3), w=w
+    )
     a = _f16(_f16(X) * _f16(X))
     np.testing.assert_array_equal(run(model, {"x": X})[0], _f16(_f16(a + _f16(X)) / np.float32(3)))
 

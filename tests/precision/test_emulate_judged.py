@@ -7,8 +7,10 @@ torch's kernels store half between modules, as hardware does, but fuse nothing; 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,14 +19,27 @@ from mpdeploy.conversion import convert
 from mpdeploy.data_files import FeedSet
 from mpdeploy.emulated_runs import emulated_runner
 from mpdeploy.engines.onnxruntime import OrtRunner
+from mpdeploy.precision.formats import FORMATS
 from mpdeploy.precision.model_io import input_specs, load_model
+from mpdeploy.precision.plan import make_plan
+from mpdeploy.precision.rewrite import prepare, rewrite
 from tests import zoo
 from tests.precision.visible import rel_l2
 
 pytestmark = pytest.mark.slow
 NUM_SAMPLES = 32
-ALL_HALF = ["resnet", "mobilenetv2", "convnext", "vit", "swin", "segformer", "bert", "gpt2", "whisper_encoder", "wav2vec2"]
-WIDER: dict[tuple[str, str], str] = {}
+ALL_HALF = [
+    "resnet",
+    "mobilenetv2",
+    "convnext",
+    "vit",
+    "swin",
+    "segformer",
+    "bert",
+    "gpt2",
+    "whisper_encoder",
+    "wav2vec2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +48,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cache if cache.is_dir() else tmp_path_factory.mktemp("zoo")
 
 
+def _with_batch_norm_folded(module: Any) -> Any:
+    """BatchNorm folded into the convolution before it, as the exported graph has it: one rounding where torch would make two.
+
+    Unfolded, torch drifts 1.3 times as much on resnet and mobilenetv2: its half convolution is rounded before it is normalised.
+    """
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    for parent in module.modules():
+        children = list(parent.named_children())
+        for (first, conv), (second, norm) in itertools.pairwise(children):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, first, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, second, nn.Identity())
+    return module
+
+
 def _as_torch_computes(name: str, dtype: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     import torch
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        module = zoo.RECIPES[name].build().to(getattr(torch, dtype))
+        module = _with_batch_norm_folded(zoo.RECIPES[name].build()).to(getattr(torch, dtype))
         given = [torch.from_numpy(array) for array in feeds.values()]
         outputs = module(*(t.to(getattr(torch, dtype)) if t.is_floating_point() else t for t in given))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -53,31 +85,34 @@ def test_drift_is_that_of_torch_in_half(name: str, precision: str, dtype: str, f
     feeds = model.feeds(NUM_SAMPLES, 5)
     with OrtRunner(model.path) as runner:
         golden = list(runner.infer(feeds).values())
-    plan = convert(model.path, precision=precision)  # type: ignore[arg-type]
-    from mpdeploy.precision.formats import FORMATS
-    from mpdeploy.precision.rewrite import prepare, rewrite
-
-    mixed = rewrite(prepare(load_model(model.path), FORMATS[precision]), plan.plan)
+    prepared = prepare(load_model(model.path), FORMATS[precision])
+    mixed = rewrite(prepared, make_plan(prepared.index, FORMATS[precision]))
     with emulated_runner(mixed) as runner:
         found = list(runner.infer(feeds).values())
     real = _as_torch_computes(name, dtype, feeds)
     assert sum(array.size for array in golden) >= 1000
     for expected, emulated, torchs in zip(golden, found, real, strict=True):
         ratio = rel_l2(emulated, expected) / rel_l2(torchs, expected)
-        print(f"{name} {precision}: emulated {rel_l2(emulated, expected):.3g}, torch {rel_l2(torchs, expected):.3g}, ratio {ratio:.2f}")
-        assert 0.8 < ratio < 1.25, WIDER.get((name, precision), "")
+        print(
+            f"{name} {precision}: emulated {rel_l2(emulated, expected):.3g}, torch {rel_l2(torchs, expected):.3g}, ratio {ratio:.2f}"
+        )
+        assert 0.8 < ratio < 1.25
 
 
 def _flags() -> set[str]:
     try:
-        return set(next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split())
+        return set(
+            next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+        )
     except (OSError, StopIteration):
         return set()
 
 
 @pytest.mark.parametrize(("precision", "flag"), [("fp16", "avx512_fp16"), ("bf16", "amx_bf16")])
 @pytest.mark.parametrize("name", [name for name in zoo.NAMES if name not in ("minilm", "mobilenetv2_uncalibrated")])
-def test_drift_is_that_of_openvino_running_the_graph_as_typed(name: str, precision: str, flag: str, folder: Path, tmp_path: Path) -> None:
+def test_drift_is_that_of_openvino_running_the_graph_as_typed(
+    name: str, precision: str, flag: str, folder: Path, tmp_path: Path
+) -> None:
     if flag not in _flags():
         pytest.skip(f"this CPU has no {flag}: OpenVINO computes {precision} nodes in FP32 here and cannot judge")
     ov = pytest.importorskip("openvino")
@@ -85,7 +120,9 @@ def test_drift_is_that_of_openvino_running_the_graph_as_typed(name: str, precisi
     feeds = model.feeds(NUM_SAMPLES, 5)
     output = tmp_path / "half.onnx"
     inputs = input_specs(load_model(model.path))
-    done = convert(model.path, data=FeedSet((feeds,), inputs, frozenset()), precision=precision, keep_io=True, output=output)  # type: ignore[arg-type]
+    done = convert(
+        model.path, data=FeedSet((feeds,), inputs, frozenset()), precision=precision, keep_io=True, output=output
+    )  # type: ignore[arg-type]
     with OrtRunner(model.path) as runner:
         golden = runner.infer(feeds)
     compiled = ov.Core().compile_model(output, "CPU", {"EXECUTION_MODE_HINT": "ACCURACY"})

@@ -103,7 +103,9 @@ def test_the_type_of_an_output_is_inferred_from_schema_attribute_or_content(
 
 def test_containers_are_no_tensors_and_their_elements_are_known() -> None:
     index = GraphIndex.of(
-        graph("g (float16[N, 8] x) => (float16[N, 8] y) { s = SequenceConstruct(x)  n = SequenceLength(s)  y = Neg(x) }")
+        graph(
+            "g (float16[N, 8] x) => (float16[N, 8] y) { s = SequenceConstruct(x)  n = SequenceLength(s)  y = Neg(x) }"
+        )
     )
     (s,) = (value for value in index.containers if value.name == "s")
     assert s not in index.dtypes

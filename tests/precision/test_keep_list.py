@@ -103,7 +103,9 @@ def test_json_may_list_bare_names(tmp_path: Path) -> None:
     assert read_patterns([f"@{file}"]) == [("e", ""), ("h", "why")]
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"other": []}', '{"keep": [{"name": "e"}]}', '{"keep": [3]}', "\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [None, "{", '{"other": []}', '{"keep": [{"name": "e"}]}', '{"keep": [3]}', "\xff\xfe"]
+)
 def test_an_unreadable_file_is_an_error_that_names_it(tmp_path: Path, content: str | None) -> None:
     file = tmp_path / "keep.json"
     if content is not None:
@@ -144,6 +146,27 @@ def test_an_op_without_a_half_form_at_its_opset_says_so() -> None:
     text = "g (float[1, 1, 4, 4] x, float[1, 1, 3, 3] w) => (float[1, 1, 2, 2] y) { y = Conv(x, w) }"
     index = GraphIndex.of(named(graph(text, 17)))
     assert str(make_plan(index, BF16).kept["y"][0]) == "schema: Conv-11 has no BFLOAT16 form in ONNX"
+
+
+BUCKETS = """g (float[N, 8] x, int64[N] i) => (float[N, 8] y) {
+  f = Cast<to = 1>(i)  d = Div(f, six)  l = Log(d)  m = Mul(l, six)  b = Cast<to = 7>(m)
+  e = Gather(table, b)  h = MatMul(x, w)  s = Add(h, e)  k = Cast<to = 7>(s)  r = Cast<to = 1>(k)  y = Add(s, r) }"""
+
+
+def test_arithmetic_on_positions_that_ends_in_integers_stays_fp32() -> None:
+    """The buckets of relative positions: a rounded logarithm looks another row up."""
+    table = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    model = named(graph(BUCKETS, w=W, six=np.float32(6.3), table=table))
+    plan = plan_of(model)[1]
+    assert set(plan.kept) == {"f", "d", "l", "m", "b"}
+    assert (
+        str(plan.kept["l"][0]) == "op: arithmetic on positions that ends in integers: rounding would give another index"
+    )
+
+
+def test_data_that_becomes_integers_is_no_position_arithmetic() -> None:
+    text = "g (float[N, 8] x) => (int64[N, 8] y) { h = MatMul(x, w)  s = Mul(h, h)  y = Cast<to = 7>(s) }"
+    assert plan_of(named(graph(text, w=W)))[1].kept == {}
 
 
 def test_every_node_with_floats_is_half_or_kept_with_a_reason() -> None:

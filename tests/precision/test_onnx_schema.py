@@ -8,7 +8,7 @@ import pytest
 from mpdeploy.precision.flow import half_ports
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.schema import signature
-from tests.precision.visible import BF16, BFLOAT16, FLOAT, FLOAT16, FP16, graph
+from tests.precision.visible import BF16, BFLOAT16, FLOAT16, FP16, graph
 
 
 def test_an_op_that_onnx_does_not_define_has_no_signature() -> None:

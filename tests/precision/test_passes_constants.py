@@ -11,7 +11,17 @@ from mpdeploy.precision.passes.clamp_masks import CLAMPED, ClampMasksPass
 from mpdeploy.precision.passes.convert_constants import ConvertConstantsPass, half_tensor
 from mpdeploy.precision.passes.retype_attributes import RetypeAttributesPass
 from tests.precision.visible import (
-    BF16, FLOAT16, FP16, W, X, assigned, converted, graph, rel_l2, run, snapshot,
+    BF16,
+    FLOAT16,
+    FP16,
+    W,
+    X,
+    assigned,
+    converted,
+    graph,
+    rel_l2,
+    run,
+    snapshot,
 )  # fmt: skip
 
 LOWEST = np.float32(-3.4028235e38)
@@ -27,7 +37,7 @@ def test_a_mask_constant_before_softmax_is_clamped_and_listed(low: np.float32) -
     model = graph(MASKED, low=low)
     clamp = ClampMasksPass(FP16)
     clamp(model)
-    assert model.graph.initializers["low"].const_value.numpy() == CLAMPED
+    assert model.graph.initializers["low"].const_value.numpy() == CLAMPED["fp16"]
     assert clamp.clamped == [f"low: {float(low):.3g} clamped to -30000 (an additive mask before Softmax)"]
 
 
@@ -37,7 +47,7 @@ def test_a_mask_made_by_a_constant_node_and_added_is_clamped() -> None:
           low = Constant<value = float {-3.4e38}>()  m = Mul(pad, low)  s = Add(x, m)  y = Softmax(s) }"""
     )
     assert ClampMasksPass(FP16)(model).modified
-    assert model.graph[0].attributes["value"].as_tensor().numpy() == CLAMPED
+    assert model.graph[0].attributes["value"].as_tensor().numpy() == CLAMPED["fp16"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +72,11 @@ def test_data_beside_the_sentinels_is_never_clamped() -> None:
     assert not ClampMasksPass(FP16)(model).modified
 
 
-def test_bf16_holds_every_mask_and_nothing_is_clamped() -> None:
-    assert not ClampMasksPass(BF16)(graph(MASKED, low=LOWEST)).modified
+def test_bf16_holds_every_mask_but_the_lowest_float_itself() -> None:
+    assert not ClampMasksPass(BF16)(graph(MASKED, low=np.float32(-1e30))).modified
+    model = graph(MASKED, low=LOWEST)
+    assert ClampMasksPass(BF16)(model).modified
+    assert model.graph.initializers["low"].const_value.numpy() == np.float32(CLAMPED["bf16"])
 
 
 def test_clamping_twice_equals_once_and_the_second_time_modifies_nothing() -> None:
@@ -181,7 +194,9 @@ def test_a_cast_from_integers_makes_half() -> None:
 
 
 def test_constant_of_shape_fills_with_half_also_where_the_fill_is_the_default() -> None:
-    text = "g (float[N, 8] x) => (float[N, 8] y) { s = Shape(x)  z = ConstantOfShape(s)  a = Add(x, z)  y = MatMul(a, w) }"
+    text = (
+        "g (float[N, 8] x) => (float[N, 8] y) { s = Shape(x)  z = ConstantOfShape(s)  a = Add(x, z)  y = MatMul(a, w) }"
+    )
     fill = _retyped(text, "z", w=W).attributes["value"].as_tensor()
     assert (fill.dtype, fill.numpy().tolist()) == (FLOAT16, [0.0])
 

@@ -17,7 +17,21 @@ from mpdeploy.precision.passes.refresh_shapes import RefreshShapesPass
 from mpdeploy.precision.passes.remove_casts import RemoveNoOpCastsPass
 from tests.precision.conformance_base import floats, graph_model, normal
 from tests.precision.visible import (
-    BF16, CHAIN, FLOAT, FLOAT16, FP16, W, X, assigned, converted, graph, lines, named, rel_l2, run, snapshot,
+    BF16,
+    CHAIN,
+    FLOAT,
+    FLOAT16,
+    FP16,
+    W,
+    X,
+    assigned,
+    converted,
+    graph,
+    lines,
+    named,
+    rel_l2,
+    run,
+    snapshot,
 )  # fmt: skip
 
 # ---- InsertCastsPass
@@ -316,7 +330,9 @@ def test_raising_changes_no_answer() -> None:
     model = graph(CONV, 17, w=KERNEL)
     RaiseOpsetPass()(model)
     model.graph.opset_imports[""] = 21  # ONNX Runtime's kernels; 22 widened type constraints only
-    np.testing.assert_allclose(run(model, {"x": IMAGES})[0], run(graph(CONV, 17, w=KERNEL), {"x": IMAGES})[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        run(model, {"x": IMAGES})[0], run(graph(CONV, 17, w=KERNEL), {"x": IMAGES})[0], rtol=1e-6
+    )
 
 
 # ---- RefreshShapesPass

@@ -7,13 +7,25 @@ import pytest
 
 from mpdeploy.precision.range_rules import RANGE_RULES
 from tests.precision.visible import (
-    BF16, CHAIN, FP16, W, X, converted, graph, named, plan_of, ranges_of, rel_l2, run, stats_of,
+    BF16,
+    CHAIN,
+    FP16,
+    W,
+    X,
+    converted,
+    graph,
+    named,
+    plan_of,
+    ranges_of,
+    rel_l2,
+    run,
+    stats_of,
 )  # fmt: skip
 
 SCALED = "g (float[N, 8] x) => (float[N, 8] y) { h = MatMul(x, w)  s = Mul(h, up)  r = Relu(s)  d = Mul(r, down)  y = MatMul(d, w) }"
 
 
-def _scaled(up: float, down: float):  # noqa: ANN202
+def _scaled(up: float, down: float):
     return named(graph(SCALED, w=W, up=np.float32(up), down=np.float32(down)))
 
 
@@ -106,8 +118,10 @@ def test_a_few_tiny_values_beside_large_ones_are_no_underflow() -> None:
 
 
 def test_without_underflow_the_output_drifts() -> None:
-    def build():  # noqa: ANN202
-        text = "g (float[N, 8] x) => (float[N, 8] y) { h = MatMul(x, w)  s = Mul(h, h)  t = Mul(s, up)  y = MatMul(t, w) }"
+    def build():
+        text = (
+            "g (float[N, 8] x) => (float[N, 8] y) { h = MatMul(x, w)  s = Mul(h, h)  t = Mul(s, up)  y = MatMul(t, w) }"
+        )
         return named(graph(text, w=W, up=np.float32(1e4)))
 
     feeds = {"x": X * 5e-4}
@@ -147,7 +161,7 @@ def test_a_small_dividend_is_no_small_divisor() -> None:
 
 
 def test_without_small_divisor_the_output_is_infinite() -> None:
-    def build():  # noqa: ANN202
+    def build():
         return named(graph(DIVIDED.replace("{op}", "Div(p, p)"), w=W))
 
     d = np.full((3, 8), 1.0, np.float32)
@@ -162,7 +176,11 @@ def test_without_small_divisor_the_output_is_infinite() -> None:
 
 @pytest.mark.parametrize("smallest", [0.0, 1e-9])
 def test_the_sign_of_a_value_below_half_is_looked_at_in_fp32(smallest: float) -> None:
-    model = named(graph("g (float[N, 8] x, float[N, 8] d) => (float[N, 8] y) { p = Mul(x, d)  q = Sign(p)  y = MatMul(q, w) }", w=W))
+    model = named(
+        graph(
+            "g (float[N, 8] x, float[N, 8] d) => (float[N, 8] y) { p = Mul(x, d)  q = Sign(p)  y = MatMul(q, w) }", w=W
+        )
+    )
     d = np.ones((3, 8), np.float32)
     d[0, 0] = smallest
     assert ("q" in plan_of(model, ranges=ranges_of(model, {"x": X, "d": d}))[1].kept) is (smallest > 0)
@@ -173,7 +191,7 @@ def test_the_sign_of_a_value_below_half_is_looked_at_in_fp32(smallest: float) ->
 DIFFERENCE = "g (float[N, 8] x) => (float[N, 8] y) { a = Add(x, big)  d = Sub(a, big)  y = MatMul(d, w) }"
 
 
-def _difference(big: float):  # noqa: ANN202
+def _difference(big: float):
     return named(graph(DIFFERENCE, w=W, big=np.float32(big)))
 
 
@@ -200,7 +218,7 @@ def test_without_cancellation_the_output_is_noise() -> None:
 ROTARY = "g (float[N, 8] x) => (float[N, 8] y) { p = Mul(x, rate)  c = Cos(p)  y = MatMul(c, w) }"
 
 
-def _rotary():  # noqa: ANN202
+def _rotary():
     return named(graph(ROTARY, w=W, rate=np.geomspace(1, 1e-3, 8, dtype=np.float32)))
 
 
@@ -241,7 +259,13 @@ def test_inner_sum_leaves_a_short_mean_alone() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 400.0])
 def test_inner_sum_looks_at_the_squares_inside_layer_norm(scale: float) -> None:
-    model = named(graph("g (float[N, 8] x) => (float[N, 8] y) { n = LayerNormalization(x, s)  y = MatMul(n, w) }", w=W, s=np.ones(8, np.float32)))
+    model = named(
+        graph(
+            "g (float[N, 8] x) => (float[N, 8] y) { n = LayerNormalization(x, s)  y = MatMul(n, w) }",
+            w=W,
+            s=np.ones(8, np.float32),
+        )
+    )
     plan = plan_of(model, ranges=ranges_of(model, {"x": X * scale}))[1]
     assert ("n" in plan.kept) is (scale > 1)
 

@@ -49,7 +49,9 @@ def _check(text: str, opset: int = 17, **weights: object) -> None:
     ],
     ids=["Add", "Where", "stale output", "Conv in bf16", "Resize scales"],
 )
-def test_a_graph_of_mixed_types_is_refused_naming_node_ports_and_types(text: str, opset: int, message: str | None) -> None:
+def test_a_graph_of_mixed_types_is_refused_naming_node_ports_and_types(
+    text: str, opset: int, message: str | None
+) -> None:
     if message is None:
         _check(text, opset)
         return
@@ -78,7 +80,12 @@ def test_the_full_checker_refuses_a_file_that_is_no_valid_onnx(tmp_path: Path) -
 
 
 def test_one_of_each_kind_holds_every_kind_once_and_loads() -> None:
-    model = named(graph("g (float[N, 8] x) => (float[N, 8] y) { a = MatMul(x, w) b = Relu(a) c = MatMul(b, w) d = Relu(c) e = Exp(d) y = MatMul(e, w) }", w=W))
+    model = named(
+        graph(
+            "g (float[N, 8] x) => (float[N, 8] y) { a = MatMul(x, w) b = Relu(a) c = MatMul(b, w) d = Relu(c) e = Exp(d) y = MatMul(e, w) }",
+            w=W,
+        )
+    )
     done = converted(model, keep=["e"])
     kinds = one_of_each_kind(GraphIndex.of(done.model))
     assert [line.split(" = ")[1].split("(")[0] for line in lines(kinds)] == [

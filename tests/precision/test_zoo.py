@@ -15,9 +15,10 @@ from mpdeploy.conversion import Conversion, convert
 from mpdeploy.data_files import FeedSet, load_feeds
 from mpdeploy.engines.onnxruntime import OrtRunner
 from mpdeploy.errors import GateFailedError
-from mpdeploy.precision import op_rules
+from mpdeploy.precision import op_rules, plan
 from mpdeploy.precision.model_io import input_specs, load_model
 from tests import zoo
+from tests.precision.visible import rel_l2
 
 NUM_SAMPLES = 32
 
@@ -51,7 +52,7 @@ def test_an_architecture_converts_runs_and_is_not_lost(name: str, precision: str
     done = convert(model.path, data=feeds, keep_io=True, precision=precision, output=output)  # type: ignore[arg-type]
     onnx.checker.check_model(output, full_check=True)
     assert done.drift.num_nonfinite == 0
-    assert done.drift.rel_l2 < {"fp16": 1e-2, "bf16": 8e-2}[precision]
+    assert done.drift.rel_l2 < {"fp16": 1e-2, "bf16": 5e-2}[precision]
     assert done.counts.half_nodes > 0
     assert not any("does not parse" in warning for warning in done.warnings)
     if precision == "fp16":
@@ -75,7 +76,7 @@ def test_the_lost_signal_is_told_named_and_not_written(folder: Path, tmp_path: P
     blind = convert(model.path, keep_io=True, output=tmp_path / "blind.onnx")
     with OrtRunner(model.path) as fp32, OrtRunner(tmp_path / "blind.onnx") as half:
         (golden,), (found,) = fp32.infer(feeds.feeds[0]).values(), half.infer(feeds.feeds[0]).values()
-    assert np.linalg.norm(found - golden) / np.linalg.norm(golden) < 0.1, "the CPU provider shows nothing"
+    assert rel_l2(found, golden) < 0.1, "the CPU provider shows nothing"
     assert blind.drift is None
 
 
@@ -116,6 +117,18 @@ def test_without_this_rule_this_model_is_lost(model_name: str, rule: str, folder
 
 
 @pytest.mark.slow
+def test_without_fp32_positions_the_t5_encoder_looks_up_other_buckets(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _export("t5_encoder", folder)
+    feeds = _feeds(model.path, model.feeds(NUM_SAMPLES, 0), tmp_path)
+    with_it, _ = _drift(model.path, feeds, precision="bf16")
+    monkeypatch.setattr(plan, "position_arithmetic", lambda index: set())
+    without, _ = _drift(model.path, feeds, precision="bf16")
+    assert without > 3 * with_it
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trap", [trap for trap in zoo.TRAPS if trap != "none"])
 def test_a_planted_trap_is_seen_and_the_labels_stay_right(trap: str, folder: Path, tmp_path: Path) -> None:
     digits = zoo.trained_digits_cnn(folder, trap)
@@ -131,12 +144,12 @@ def test_op_rules_are_a_table_with_a_reason_each() -> None:
     assert len(op_rules.RULE_OF_OP) == len(op_rules.OP_RULES), "one row an op"
     for rule in op_rules.OP_RULES:
         assert onnx.defs.has(rule.op), rule.op
-        assert rule.keep or rule.float_inputs or rule.keep_with_input, "a row that does nothing"
+        assert rule.keep or rule.float_inputs or rule.keep_with_input or rule.keep_in, "a row that does nothing"
 
 
 # ---- large models
 
-LARGE = '''
+LARGE = """
 import json, resource, sys
 from pathlib import Path
 import mpdeploy.conversion as conversion
@@ -145,7 +158,7 @@ base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 done = conversion.convert(Path(sys.argv[1]), keep_io=True, output=Path(sys.argv[2]))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"base": base * 1024, "peak": peak * 1024, "half": done.counts.half_nodes, "seconds": done.seconds}))
-'''
+"""
 
 
 def _write_large(folder: Path, num_layers: int, width: int) -> tuple[Path, int]:
@@ -181,11 +194,17 @@ def test_a_model_above_2_gb_is_rewritten_in_less_than_one_and_a_half_times_its_s
     path, size = _write_large(tmp_path, 24, 5120)
     assert size > 2.5e9
     process = subprocess.run(
-        [sys.executable, "-c", LARGE, path, tmp_path / "out.onnx"], capture_output=True, text=True, timeout=580, check=False
+        [sys.executable, "-c", LARGE, path, tmp_path / "out.onnx"],
+        capture_output=True,
+        text=True,
+        timeout=580,
+        check=False,
     )
     assert process.returncode == 0, process.stderr[-2000:]
     found = json.loads(process.stdout.splitlines()[-1])
-    print(f"model {size / 1e9:.2f} GB, peak {found['peak'] / 1e9:.2f} GB (imports {found['base'] / 1e9:.2f}), {found['seconds']:.1f} s")
+    print(
+        f"model {size / 1e9:.2f} GB, peak {found['peak'] / 1e9:.2f} GB (imports {found['base'] / 1e9:.2f}), {found['seconds']:.1f} s"
+    )
     assert found["peak"] < 1.5 * size
     assert found["half"] == 48
     written = sum(file.stat().st_size for file in tmp_path.glob("out.onnx*"))

@@ -8,9 +8,9 @@ import onnx_ir as ir
 from mpdeploy.precision.formats import FLOAT, HalfFormat
 from mpdeploy.precision.graph_index import all_graphs, constant_tensor
 
-CLAMPED = -30000.0
-"""A little less than half of FP16's range: twice of it, the widest margin for the tail, is still held, so what it is added to need
-not stay FP32 (where a wholly masked row would tell it from -3.4e38); and scores of up to 35,000 do not bring it to minus infinity.
+CLAMPED = {"fp16": -30000.0, "bf16": -1e38}
+"""A little less than half of the format's range: twice of it, the widest margin for the tail, is still held, so what it is added to need
+not stay FP32 (where a wholly masked row would tell it from -3.4e38); and scores of up to 35,000 do not bring FP16's to minus infinity.
 """
 
 # Ops through which a sentinel may flow on its way to a Softmax without becoming anything but "very negative".
@@ -48,7 +48,7 @@ class ClampMasksPass(ir.passes.InPlacePass):
       2. all its other values are 0, 1 or at least as negative as the format's range (a mask, not data);
       3. every path from it runs through ops that move, add or select values, and ends in Softmax or LogSoftmax.
     exp(-30000 - max) is zero as exp(-3.4e38 - max) is; a row that is masked as a whole stays uniform instead of becoming NaN.
-    Only the FP16 format needs it; BF16 has the range of FP32.
+    BF16 has nearly the range of FP32: only the lowest float itself, -3.4e38, is beyond it.
     """
 
     def __init__(self, half: HalfFormat) -> None:
@@ -58,8 +58,6 @@ class ClampMasksPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace the constants and list them in `clamped`."""
-        if self._half.max > 1e30:
-            return ir.passes.PassResult(model, modified=False)
         for graph in all_graphs(model.graph):
             for value in list(graph.initializers.values()):
                 if not value.is_graph_input():
@@ -82,8 +80,9 @@ class ClampMasksPass(ir.passes.InPlacePass):
         masked = array <= -self._half.overflow_from
         if not np.isin(array[~masked], (0.0, 1.0)).all() or not _ends_in_softmax(value):
             return
-        clamped = np.where(masked, np.float32(CLAMPED), array).astype(np.float32)
-        self.clamped.append(f"{value.name}: {low:.3g} clamped to {CLAMPED:.6g} (an additive mask before Softmax)")
+        sentinel = CLAMPED[self._half.name]
+        clamped = np.where(masked, np.float32(sentinel), array).astype(np.float32)
+        self.clamped.append(f"{value.name}: {low:.3g} clamped to {sentinel:.6g} (an additive mask before Softmax)")
         replace_constant(value, ir.tensor(clamped, name=value.name))
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from mpdeploy.precision.flow import has_float
 from mpdeploy.precision.formats import HalfFormat
 from mpdeploy.precision.graph_index import GraphIndex
-from mpdeploy.precision.op_rules import RULE_OF_OP
+from mpdeploy.precision.op_rules import keeps
 from mpdeploy.precision.schema import signature
 
 RAISED = 22
@@ -24,9 +24,7 @@ def needs_raise(index: GraphIndex, half: HalfFormat) -> list[str]:
     ops = {
         node.op_type
         for node in index.nodes.values()
-        if node.domain in ("", "ai.onnx")
-        and has_float(index, node)
-        and not (node.op_type in RULE_OF_OP and RULE_OF_OP[node.op_type].keep)
+        if node.domain in ("", "ai.onnx") and has_float(index, node) and not keeps(node.op_type, half)
     }
     return sorted(op for op in ops if not _has_half(op, opset, half) and _has_half(op, RAISED, half))
 

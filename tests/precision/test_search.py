@@ -1,0 +1,221 @@
+"""The search on synthetic problems with known answers: within the issue's budgets, deterministic, resumable, honest."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from mpdeploy.errors import UsageError
+from mpdeploy.precision.search import search
+from mpdeploy.precision.search_synthetic import SyntheticProblem, synthetic_problem
+from mpdeploy.precision.search_types import Evaluation, KeepSet, SearchProgress, Until
+
+BUDGET_EVALUATIONS = 60
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.5, 0.1])
+@pytest.mark.parametrize("seed", range(6))
+def test_additive_error_is_solved_near_the_optimum_in_sixty_evaluations(budget: float, seed: int) -> None:
+    problem = synthetic_problem(seed=seed, budget=budget)
+    answer = search(problem, problem, max_evaluations=BUDGET_EVALUATIONS)
+    best = len(problem.true_answer())
+    assert answer.met
+    assert answer.evaluations <= BUDGET_EVALUATIONS
+    assert len(answer.kept) <= max(1.1 * best, best + 1)
+    assert problem.evaluate(answer.kept).passes
+
+
+def test_known_errors_alone_would_not_do() -> None:
+    """The control: ranked by what is injected, without probes, far more is kept."""
+    problem = synthetic_problem(seed=0, budget=0.5)
+    order = sorted(problem.units, key=lambda unit: -problem.injected[unit])
+    count = next(n for n in range(1000) if problem.evaluate(frozenset(order[:n])).passes)
+    assert count > 1.5 * len(problem.true_answer())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_traps_and_additive_error_together_are_solved(seed: int) -> None:
+    problem = synthetic_problem(seed=seed, num_traps=5, num_pairs=2, budget=0.5)
+    answer = search(problem, problem)
+    best = len(problem.true_answer())
+    assert answer.met
+    assert answer.is_minimal
+    assert problem.traps <= answer.kept
+    assert len(answer.kept) <= 1.1 * best + 1
+    assert answer.evaluations < 200
+
+
+def test_without_known_parts_pass_or_fail_is_enough() -> None:
+    problem = synthetic_problem(seed=3, num_traps=5)
+    answer = search(problem)
+    assert answer.kept == problem.traps
+    assert answer.is_minimal
+    assert answer.evaluations <= 60
+
+
+def test_each_kept_unit_is_shown_to_be_needed() -> None:
+    problem = synthetic_problem(seed=1, budget=0.5)
+    answer = search(problem, problem)
+    assert answer.is_minimal
+    assert {proof.unit for proof in answer.proofs} == answer.kept
+    for proof in answer.proofs:
+        assert proof.samples == problem.num_samples
+        assert proof.drift_without == pytest.approx(problem.evaluate(answer.kept - {proof.unit}).drift)
+        assert proof.drift_without > problem.limit
+
+
+def test_the_pareto_front_falls_and_holds_the_answer() -> None:
+    problem = synthetic_problem(seed=2, budget=0.5)
+    answer = search(problem, problem)
+    costs = [point.cost for point in answer.pareto]
+    drifts = [point.drift for point in answer.pareto]
+    assert costs == sorted(costs)
+    assert drifts == sorted(drifts, reverse=True)
+    assert any(point.kept == answer.kept for point in answer.pareto)
+
+
+def test_a_gate_that_all_half_meets_keeps_nothing() -> None:
+    problem = replace(synthetic_problem(seed=0, budget=0.5), limit=1.0)
+    answer = search(problem, problem)
+    assert answer.kept == frozenset()
+    assert answer.evaluations == 1
+
+
+# ---- determinism, replay, resume
+
+
+def test_the_same_seed_takes_the_same_steps(tmp_path: Path) -> None:
+    problem = synthetic_problem(seed=4, num_traps=2, budget=0.3)
+    logs = []
+    for name in ("a", "b"):
+        search(problem, problem, seed=7, log=tmp_path / name)
+        logs.append((tmp_path / name).read_text())
+    assert logs[0] == logs[1]
+    search(problem, problem, seed=8, log=tmp_path / "c")
+    assert (tmp_path / "c").read_text() != logs[0]
+
+
+@dataclass(frozen=True)
+class Counted(SyntheticProblem):
+    """Dies after some measurements, as a kill would end it."""
+
+    lives: tuple[list[int], ...] = ()
+
+    def _spend(self) -> None:
+        self.lives[0][0] -= 1
+        if self.lives[0][0] < 0:
+            raise KeyboardInterrupt
+
+    def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
+        self._spend()
+        return super().evaluate(kept, samples, until=until)
+
+    def probe(self, item: str, samples: Sequence[int]) -> float:
+        self._spend()
+        return super().probe(item, samples)
+
+
+def _mortal(problem: SyntheticProblem, lives: int) -> Counted:
+    return Counted(**{name: getattr(problem, name) for name in SyntheticProblem.__dataclass_fields__}, lives=([lives],))
+
+
+def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
+    whole = synthetic_problem(seed=5, num_traps=3, budget=0.5)
+    expected = search(whole, whole)
+    log = tmp_path / "search.jsonl"
+    runs = 0
+    while True:
+        mortal = _mortal(whole, lives=150)
+        runs += 1
+        try:
+            answer = search(mortal, mortal, log=log)
+            break
+        except KeyboardInterrupt:
+            with log.open("a") as file:
+                file.write('{"key": "e12')  # what a kill leaves of a line
+    assert runs > 2
+    assert answer.replayed > 0
+    assert answer.kept == expected.kept
+    assert answer.evaluations == pytest.approx(expected.evaluations)
+
+
+def test_a_finished_log_replays_without_measuring(tmp_path: Path) -> None:
+    problem = synthetic_problem(seed=6, budget=0.5)
+    log = tmp_path / "search.jsonl"
+    first = search(problem, problem, log=log)
+    mortal = _mortal(problem, lives=0)
+    again = search(mortal, mortal, log=log)
+    assert again.kept == first.kept
+    assert again.proofs == first.proofs
+    assert [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_the_log_of_another_problem_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "search.jsonl"
+    first, second = synthetic_problem(seed=1, num_traps=1), synthetic_problem(seed=2, num_traps=1)
+    search(first, log=log)
+    with pytest.raises(UsageError, match="another model"):
+        search(second, log=log)
+
+
+def test_a_kill_leaves_the_best_answer_so_far() -> None:
+    problem = synthetic_problem(seed=5, budget=0.5)
+    best: list[int] = []
+    mortal = _mortal(problem, lives=970)
+    with pytest.raises(KeyboardInterrupt):
+        search(mortal, mortal, on_best=lambda found: best.append(len(found.kept)))
+    assert best == sorted(best, reverse=True) != []
+
+
+# ---- limits
+
+
+def test_evaluations_that_run_out_end_in_the_best_valid_answer() -> None:
+    problem = synthetic_problem(seed=3, budget=0.5)
+    answer = search(problem, problem, max_evaluations=12)
+    assert answer.evaluations <= 13
+    assert answer.met
+    assert problem.evaluate(answer.kept).passes
+    assert not answer.is_minimal
+
+
+def test_traps_that_run_out_of_evaluations_leave_a_valid_answer() -> None:
+    problem = synthetic_problem(seed=3, num_traps=20)
+    answer = search(problem, max_evaluations=40)
+    assert answer.stopped
+    assert not problem.evaluate(answer.kept).lost
+    assert not answer.is_minimal
+
+
+class Unreachable(SyntheticProblem):
+    """Even everything in FP32 drifts."""
+
+    def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
+        found = super().evaluate(kept, samples, until=until)
+        drift = math.hypot(found.drift, 1e-3)
+        return replace(found, drift=drift, measured=drift, passes=drift <= self.limit)
+
+
+def test_an_unreachable_gate_ends_with_the_best_reached() -> None:
+    easy = synthetic_problem(seed=0, budget=0.5)
+    fields = {name: getattr(easy, name) for name in SyntheticProblem.__dataclass_fields__}
+    problem = Unreachable(**{**fields, "limit": 5e-4})
+    answer = search(problem, problem)
+    assert not answer.met
+    assert answer.evaluation.drift == pytest.approx(1e-3)
+    assert answer.evaluations < 50
+
+
+def test_progress_tells_evaluations_best_and_time_left() -> None:
+    problem = synthetic_problem(seed=0, budget=0.5)
+    told: list[SearchProgress] = []
+    answer = search(problem, problem, on_progress=told.append)
+    assert [report.evaluations for report in told] == sorted(report.evaluations for report in told)
+    assert told[-1].best == len(answer.kept)
+    assert {"all half", "gains", "prefix", "proof"} <= {report.phase for report in told}
+    assert any(report.seconds_left is not None for report in told)
