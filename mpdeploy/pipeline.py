@@ -19,6 +19,8 @@ from mpdeploy.config import Pipeline
 from mpdeploy.errors import ArtifactChangedError, ConfigError, MpdeployError, StageFailedError, closest_names
 from mpdeploy.run_dir import RunDir, StageRecord, StageStatus
 
+_AGAIN = "the same command goes on from here"
+
 
 class TerminatedError(BaseException):
     """SIGTERM arrived. No Exception, like KeyboardInterrupt: nothing may swallow it."""
@@ -245,6 +247,10 @@ def _run_one(stage: Stage, key: Mapping[str, Any], context: Context) -> None:
         context.listener.stage_ended(record, cached=False)
         return record
 
+    # Written first: a stage that is killed while it replaces its files must not be taken for the finished one of before.
+    context.run.put(
+        StageRecord(stage.name, "interrupted", key, started=started, message="it was killed while it ran", hint=_AGAIN)
+    )
     try:
         context.listener.stage_started(stage.name)  # within: who is told may be interrupted, too
         outcome = stage.run(context)
@@ -252,7 +258,7 @@ def _run_one(stage: Stage, key: Mapping[str, Any], context: Context) -> None:
         finish("failed", None, error.message, error.hint)
         raise
     except (KeyboardInterrupt, TerminatedError):
-        finish("interrupted", None, "interrupted", "the same command goes on from here")
+        finish("interrupted", None, "interrupted", _AGAIN)
         raise
     except OSError as error:
         from mpdeploy.files import cannot_write

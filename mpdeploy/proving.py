@@ -13,8 +13,8 @@ from mpdeploy.environment import package_version
 from mpdeploy.errors import BuildError, ConversionError
 from mpdeploy.files import atomic_path
 from mpdeploy.precision.emulate import emulate
-from mpdeploy.precision.graph_index import GraphIndex
-from mpdeploy.precision.model_io import save_model, write_model
+from mpdeploy.precision.graph_index import GraphIndex, all_graphs
+from mpdeploy.precision.model_io import load_model, save_model, write_model
 from mpdeploy.precision.plan import PrecisionPlan
 from mpdeploy.precision.verify import check_file, one_of_each_kind
 
@@ -66,10 +66,10 @@ def _check_rtx(path: Path, source: Path) -> list[str]:
 
 def _copy(source: Path, output: Path) -> None:
     """Nothing becomes half: the file stays what it was, bit for bit."""
-    model = ir.load(source)
     locations = {
         value.const_value.location
-        for value in model.graph.initializers.values()
+        for graph in all_graphs(load_model(source).graph)
+        for value in graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
     for location in locations:
