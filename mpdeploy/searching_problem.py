@@ -24,7 +24,7 @@ LOST_REL_L2 = 0.5
 """As in `conversion`: above this an output is lost."""
 SUSPICIOUS = 0.05
 """Relative squared error of a rounding from which its units are suspected of being hard causes."""
-BATCH = 16
+BATCH = 32
 """Samples of a run."""
 PROBES_AN_ITEM = 1.0
 SAMPLES_A_PROBE = 2

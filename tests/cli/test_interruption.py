@@ -128,6 +128,7 @@ def kill_in(stage: str, run: Path, arguments: tuple[object, ...], delay_s: float
     assert process.returncode in (-signal.SIGKILL, 0), "0: it was faster than the kill"
 
 
+@pytest.mark.slow
 def test_kill_9_while_validating_ends_in_the_same_result_with_finished_stages_skipped(before, finished_run):
     run, arguments = before("50-validate")
     kill_in("50-validate", run, arguments, delay_s=0.1)

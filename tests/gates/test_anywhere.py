@@ -136,6 +136,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_every_file_whole(run):
     """SIGKILL at random moments of a loop that writes: what is there afterwards is a whole file, always."""
     assert _mpdeploy("report", run).returncode == 0

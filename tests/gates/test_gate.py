@@ -279,6 +279,7 @@ def test_zero_flips_at_five_samples_never_pass_a_margin_of_one_point(place, evid
         assert verdict.samples_to_decide == 299
 
 
+@pytest.mark.slow
 def test_seeded_runs_at_exactly_the_margin_pass_the_gate_in_at_most_five_percent(place, evidence):
     """The whole gate, 400 times; tests/measure simulates the statistic alone 2,000 times."""
     rng = np.random.default_rng(0)

@@ -96,6 +96,7 @@ def test_a_run_whose_name_is_a_command_is_only_a_name(run_script, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_the_action_compares_with_a_baseline(run_script, tmp_path):
     promote = "mpdeploy baseline promote runs/good --reason 'first release' --file base.json"
     run_script("mpdeploy gate runs/good")
