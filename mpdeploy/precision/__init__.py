@@ -12,7 +12,10 @@
     rewrite.py     the passes in their order
     verify.py      strict types and the checker, before a file is written
     emulate.py     a mixed model as an FP32 model that rounds as the hardware does
-    search.py      the smallest keep-list that meets a gate
+    positions.py   arithmetic on positions, which must not be rounded
+    blame.py       which nodes made the drift
+    search*.py     the smallest keep-list that meets a gate: search.py drives, _hard finds traps, _soft spends the budget,
+                   _graph is one emulation in which every rounding is a switch, _cost prices, _state logs and resumes
 
 It is given statistics and a way to run a model; it imports no runtime.
 """
