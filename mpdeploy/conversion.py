@@ -24,12 +24,13 @@ from mpdeploy.measure.accuracy import metric_name, score
 from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.blame import Blame, blame_nodes
-from mpdeploy.precision.keep_list import match_keep_list, read_patterns
+from mpdeploy.precision.keep_list import match_keep_list
 from mpdeploy.precision.model_io import input_specs, load_model
 from mpdeploy.precision.plan import PrecisionPlan, make_plan
 from mpdeploy.precision.range_rules import RANGE_RULES
 from mpdeploy.precision.ranges import Ranges, TensorStats
 from mpdeploy.precision.rewrite import PrecisionCount, count_precisions, prepare, rewrite_indexed
+from mpdeploy.precision.search_file import float_io_in, patterns_for
 from mpdeploy.precision.verify import check_strict_types
 from mpdeploy.proving import prove_and_write
 
@@ -161,9 +162,9 @@ def convert(
         feeds = data if isinstance(data, FeedSet) else load_feeds(data, input_specs(loaded), where=str(model))
     else:
         warnings.append("no --data: rules alone decided, ranges and drift were not measured")
-    float_io = _float_io(loaded, keep_io, keep_io_names)
+    float_io = _float_io(loaded, keep_io, [*keep_io_names, *float_io_in(keep)])
     prepared = prepare(loaded, half)
-    kept = match_keep_list(prepared.index, read_patterns(keep), model_name=str(model))
+    kept = match_keep_list(prepared.index, patterns_for(prepared.index, keep), model_name=str(model))
     ranges = None
     with tempfile.TemporaryDirectory(prefix="mpdeploy-") as name:
         folder = Path(name)

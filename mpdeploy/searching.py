@@ -30,7 +30,7 @@ from mpdeploy.precision.plan import PrecisionPlan, Reason
 from mpdeploy.precision.rewrite import Prepared, prepare
 from mpdeploy.precision.search import SearchAnswer, search
 from mpdeploy.precision.search_cost import CostKind
-from mpdeploy.precision.search_file import entry_of, keep_list_json
+from mpdeploy.precision.search_file import entry_of, keep_list_json, patterns_for
 from mpdeploy.precision.search_reasons import dominating, groups_of
 from mpdeploy.precision.search_state import Best
 from mpdeploy.precision.search_types import OnProgress
@@ -44,7 +44,7 @@ from mpdeploy.searching_plan import (
 )
 
 Progress = Callable[[str], None]
-LARGE_BYTES = 32 << 20
+LARGE_BYTES = 256 << 20
 PROOF_EVALUATIONS = 48.0
 
 
@@ -164,7 +164,7 @@ def search_model(
         max_evaluations: passes over all samples, after which the best answer so far is given.
         max_seconds: the same in time.
         proof_evaluations: what the proof of 1-minimality may cost: infinity measures every kept unit on all samples, None does so for
-            models of up to 32 MB of weights and takes 48 beyond.
+            models of up to 256 MB of weights and takes 48 beyond.
         progress: told what is being done.
         on_progress: told the numbers, after every measurement.
 
@@ -179,7 +179,7 @@ def search_model(
     feeds = data if isinstance(data, FeedSet) else load_feeds(data, input_specs(loaded), where=str(model))
     float_io = _io_names(loaded, keep_io, keep_io_names)
     prepared = prepare(loaded, half)
-    user = match_keep_list(prepared.index, read_patterns(keep), model_name=str(model))
+    user = match_keep_list(prepared.index, patterns_for(prepared.index, keep), model_name=str(model))
     never = frozenset(match_keep_list(prepared.index, read_patterns(must_half), model_name=str(model)))
     fixed = fixed_reasons(prepared.index, half, user)
     scorer = None if metric is None else scorer_of(metric, labels, feeds.num_samples)

@@ -335,3 +335,28 @@ def test_a_model_whose_node_names_repeat_can_be_measured(tmp_path: Path) -> None
         )
         < 1e-2
     )
+
+
+def test_a_searched_keep_list_survives_a_re_export_that_renumbers_its_nodes(tmp_path: Path) -> None:
+    """The file names a node that the new export calls otherwise; op, scope and neighbours find it."""
+    import json
+
+    from mpdeploy.precision.formats import FORMATS
+    from mpdeploy.precision.rewrite import prepare
+    from mpdeploy.precision.search_file import FORMAT, place_of
+
+    text = """<ir_version: 8, opset_import: ["" : 17]>
+    g (float[N, 4] x) => (float[N, 4] y) <float[4, 4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}> {
+        [matmul_1] a = MatMul(x, w)
+        [tanh_SUFFIX] b = Tanh(a)
+        [matmul_2] y = MatMul(b, w)
+    }"""
+    index = prepare(ir.from_onnx_text(text.replace("SUFFIX", "3")), FORMATS["fp16"]).index
+    entry = {"node": "tanh_3", "op": "Tanh", "reason": "search", "place": place_of(index, index.nodes["tanh_3"])}
+    (tmp_path / "keep.json").write_text(json.dumps({"format": FORMAT, "keep": [entry]}))
+    ir.save(ir.from_onnx_text(text.replace("SUFFIX", "17")), tmp_path / "again.onnx")
+
+    done = convert(tmp_path / "again.onnx", keep=[f"@{tmp_path / 'keep.json'}"])
+
+    assert list(done.plan.kept) == ["tanh_17"]
+    assert "was tanh_3" in str(done.plan.kept["tanh_17"][0])

@@ -20,9 +20,10 @@ from typing import Any
 
 from mpdeploy.precision.search_gains import Gains, estimate_gains
 from mpdeploy.precision.search_hard import find_hard, find_hub
-from mpdeploy.precision.search_soft import Proof, find_prefix, prove, prune
+from mpdeploy.precision.search_soft import Proof, find_prefix, prove, prune, roomier
 from mpdeploy.precision.search_state import Best, Ledger
 from mpdeploy.precision.search_types import (
+    Candidate,
     Evaluation,
     KeepSet,
     Landscape,
@@ -157,6 +158,7 @@ class _Search:
         self.kept: KeepSet | None = None
         self.met = False
         self.proofs: list[Proof] = []
+        self.passing: tuple[list[Candidate], Candidate] | None = None
 
     def run(self) -> None:
         ledger = self.ledger
@@ -184,7 +186,7 @@ class _Search:
             energies = None if self.gains is None else self.gains.energies
             kept, self.proofs = prove(
                 ledger,
-                kept,
+                self._roomier(kept),
                 hard,
                 energies,
                 max_evaluations=min(ledger.evaluations_left, self.proof_evaluations),
@@ -192,8 +194,15 @@ class _Search:
             )
             self._settle(self._confirmed(kept, self.kept or kept), met=True)
 
+    def _roomier(self, kept: KeepSet) -> KeepSet:
+        """Where the proof begins: above what just passes, if it can try every unit on all samples."""
+        affordable = min(self.ledger.evaluations_left, self.proof_evaluations)
+        if self.passing is None or affordable < 1.25 * len(kept) + 2:
+            return kept
+        return roomier(self.ledger, *self.passing)
+
     def _confirmed(self, kept: KeepSet, before: KeepSet) -> KeepSet:
-        """What the proof left, if the thing itself agrees; else with some, or all, of what it let go."""
+        """What the proof left, if the thing itself agrees; else with some of what it let go; else what was confirmed before."""
         gone = sorted(before - kept)
         for restored in (0, (len(gone) + 1) // 2):
             candidate = kept | frozenset(gone[:restored])
@@ -232,6 +241,7 @@ class _Search:
             ledger.start("prune", expected=6.0)
             kept = prune(ledger, candidate.kept, hard, gains.energies)
             if ledger.confirm(kept):
+                self.passing = (front, candidate)
                 return kept, True
         return front[-1].kept, ledger.evaluate(front[-1].kept).passes and ledger.confirm(front[-1].kept)
 

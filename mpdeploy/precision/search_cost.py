@@ -190,7 +190,19 @@ class FlowCosts:
         for kept in order:
             if not front or found[kept][1] < front[-1].energy or kept == self.free:
                 front.append(Candidate(kept, found[kept][1], found[kept][0]))
-        return front
+        return front if self.costs.cast else self._refined(front, energies)
+
+    def _refined(self, front: list[Candidate], energies: Mapping[str, float]) -> list[Candidate]:
+        """Every step from everything down, one unit at a time, the least worth its cost first: finer than the hull, and never dearer."""
+        kept = front[-1].kept
+        steps = [front[-1]]
+        while removable := kept - front[0].kept:
+            marginals = self.marginals(energies, kept)
+            least = min(removable, key=lambda unit: (marginals[unit] / self.costs.units[unit], unit))
+            kept = kept - {least}
+            cost = sum(self.costs.units[key] for key in kept)
+            steps.append(Candidate(kept, self.energy(energies, kept), cost))
+        return steps[::-1]
 
     def _price(self, kept: KeepSet, live: Sequence[Switch], energies: Mapping[str, float]) -> tuple[float, float]:
         fp32 = kept | self.rule_fixed

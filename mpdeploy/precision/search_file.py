@@ -6,15 +6,17 @@ scopes, and what feeds it and takes from it. `rematch` finds by name first, and 
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
-from mpdeploy.precision.keep_list import scopes_of
+from mpdeploy.precision.keep_list import read_patterns, scopes_of
 from mpdeploy.precision.plan import Reason
 from mpdeploy.precision.search import SearchAnswer
 
@@ -86,6 +88,41 @@ def keep_list_json(
     """The document of a keep-list file."""
     nodes = [dict(entry) for entry in entries if not str(entry["node"]).startswith(("input:", "output:"))]
     return {"format": FORMAT, "keep": nodes, "float_io": list(float_io), "search": dict(search)}
+
+
+def patterns_for(index: GraphIndex, arguments: Iterable[str]) -> list[tuple[str, str]]:
+    """What `--keep` arguments ask for on this model: as `read_patterns`, but a searched keep-list is matched by structure too.
+
+    Raises:
+        KeepListError: a file is missing or cannot be read.
+    """
+    found: list[tuple[str, str]] = []
+    for argument in arguments:
+        entries = _searched_entries(argument)
+        found += read_patterns([argument]) if entries is None else rematch(index, entries)
+    return found
+
+
+def float_io_in(arguments: Iterable[str]) -> list[str]:
+    """Inputs and outputs that the searched keep-lists among `--keep` arguments hold in FP32."""
+    documents = (_searched_document(argument) for argument in arguments)
+    return [str(name) for document in documents if document is not None for name in document.get("float_io", [])]
+
+
+def _searched_entries(argument: str) -> list[Mapping[str, Any] | str] | None:
+    """The entries of a file that a search wrote; None for anything else (`read_patterns` then says what is wrong with it)."""
+    document = _searched_document(argument)
+    return None if document is None else list(document.get("keep", []))
+
+
+def _searched_document(argument: str) -> Mapping[str, Any] | None:
+    if not argument.startswith("@"):
+        return None
+    try:
+        document = json.loads(Path(argument[1:]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) and document.get("format") == FORMAT else None
 
 
 def rematch(index: GraphIndex, entries: Iterable[Mapping[str, Any] | str]) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ prove         measures the drift without each kept unit; one that is not needed 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from mpdeploy.precision.search_state import Ledger
@@ -16,6 +16,8 @@ from mpdeploy.precision.search_types import Candidate, Evaluation, KeepSet
 
 DOUBTFUL = 12.0
 """Evaluations that a proof short of them keeps for the units that look least needed."""
+ROOM = 0.95
+"""Part of the gate's energy that a proof starts from, where it can try every unit."""
 MAX_PRUNE = 12
 """Evaluations that pruning may take before the proof does the rest."""
 
@@ -132,26 +134,24 @@ def prove(
     """
     end = ledger.evaluations + max_evaluations
     proofs: dict[str, Proof] = {}
-    marginals = (
-        ledger.landscape.marginals(energies, kept) if ledger.landscape is not None and energies is not None else {}
-    )
-    order = sorted(kept, key=lambda unit: (marginals.get(unit, math.inf), unit))
-    for unit in order:
-        proof = _when_lost(ledger, kept, unit, num_samples) if unit in hard else None
+    for unit in sorted(kept & hard):
+        proof = _when_lost(ledger, kept, unit, num_samples)
         if proof is not None:
             proofs[unit] = proof
-    order = [unit for unit in order if unit not in proofs]
+    untested = set(kept - proofs.keys())
     left = end - ledger.evaluations
-    if len(order) > left:
-        share = (left - min(DOUBTFUL, left / 3)) / (len(order) + 1)
+    doubt: dict[str, float] = {}
+    if len(untested) > left:
+        share = (left - min(DOUBTFUL, left / 3)) / (len(untested) + 1)
         part = _spread(num_samples, max(1, int(share * num_samples)))
-        for unit in order:
+        for unit in _by_worth(ledger, kept, energies, untested):
             affordable = ledger.evaluations + len(part) / num_samples <= end
             proofs[unit] = _on_part(ledger, kept, unit, part, affordable=affordable)
-        order.sort(key=lambda unit: _sortable(proofs[unit].drift_without))
-    for unit in order:
-        if end - ledger.evaluations < 1.0:
-            break
+        doubt = {unit: _sortable(proofs[unit].drift_without) for unit in untested}
+    while untested and end - ledger.evaluations >= 1.0:
+        order = sorted(untested, key=doubt.__getitem__) if doubt else _by_worth(ledger, kept, energies, untested)
+        unit = order[0]
+        untested.discard(unit)
         found = ledger.evaluate(kept - {unit})
         if found.passes:
             kept = kept - {unit}
@@ -160,6 +160,23 @@ def prove(
             looked = max(1, round(found.share * num_samples))
             proofs[unit] = Proof(unit, found.drift, looked, needed=True)
     return kept, sorted(proofs.values(), key=lambda proof: -_sortable(proof.drift_without))
+
+
+def roomier(ledger: Ledger, front: Sequence[Candidate], candidate: Candidate) -> KeepSet:
+    """A keep-list a little above the one that just passes: a proof that starts there has a choice of what to let go."""
+    ratio = _ratio(ledger.evaluate(candidate.kept), candidate)
+    for larger in front[front.index(candidate) :]:
+        if larger.energy * ratio <= ROOM * ledger.limit**2:
+            return larger.kept if ledger.evaluate(larger.kept).passes else candidate.kept
+    return candidate.kept
+
+
+def _by_worth(ledger: Ledger, kept: KeepSet, energies: Mapping[str, float] | None, units: Collection[str]) -> list[str]:
+    """Units by what they are predicted to be worth now, least first."""
+    if ledger.landscape is None or energies is None:
+        return sorted(units)
+    marginals = ledger.landscape.marginals(energies, kept)
+    return sorted(units, key=lambda unit: (marginals[unit], unit))
 
 
 def _spread(num_samples: int, count: int) -> tuple[int, ...]:
