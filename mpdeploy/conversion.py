@@ -25,7 +25,7 @@ from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.blame import Blame, blame_nodes
 from mpdeploy.precision.keep_list import match_keep_list
-from mpdeploy.precision.model_io import input_specs, load_model
+from mpdeploy.precision.model_io import float_io_names, input_specs, load_model
 from mpdeploy.precision.plan import PrecisionPlan, make_plan
 from mpdeploy.precision.range_rules import RANGE_RULES
 from mpdeploy.precision.ranges import Ranges, TensorStats
@@ -162,7 +162,7 @@ def convert(
         feeds = data if isinstance(data, FeedSet) else load_feeds(data, input_specs(loaded), where=str(model))
     else:
         warnings.append("no --data: rules alone decided, ranges and drift were not measured")
-    float_io = _float_io(loaded, keep_io, [*keep_io_names, *float_io_in(keep)])
+    float_io = float_io_names(loaded, keep_io, [*keep_io_names, *float_io_in(keep)])
     prepared = prepare(loaded, half)
     kept = match_keep_list(prepared.index, patterns_for(prepared.index, keep), model_name=str(model))
     ranges = None
@@ -264,19 +264,6 @@ def _refuse_double_output(model: Path, output: Path | None) -> list[str]:
     if output is not None and output.exists() and model.exists() and output.samefile(model):
         raise UsageError(f"The output {output} is the input model itself.", hint="give another --output")
     return []
-
-
-def _float_io(model: ir.Model, keep_io: bool, names: Collection[str]) -> set[str]:
-    known = [value.name or "" for value in (*model.graph.inputs, *model.graph.outputs)]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        from mpdeploy.errors import closest_names
-
-        raise UsageError(
-            f"The model has no input or output '{unknown[0]}'.",
-            hint=f"closest names: {closest_names(unknown[0], known)}",
-        )
-    return set(known) if keep_io else set(names)
 
 
 def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked: bool) -> GateFailedError:

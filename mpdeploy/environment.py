@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import subprocess
-import sys
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -93,8 +92,3 @@ def hardware_key(found: dict[str, Any] | None = None) -> str:
     if found["gpus"]:
         return " + ".join(gpu["name"] for gpu in found["gpus"])
     return f"{found['cpu']}, {found['cores']} cores"
-
-
-def python_command() -> str:
-    """The interpreter, for hints that show a command."""
-    return Path(sys.executable).name

@@ -18,14 +18,13 @@ import onnx_ir as ir
 
 from mpdeploy.artifact import Array
 from mpdeploy.data_files import FeedSet, load_feeds
-from mpdeploy.errors import UsageError, closest_names
 from mpdeploy.files import write_json
 from mpdeploy.measure.accuracy import Metric
 from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.keep_list import match_keep_list, read_patterns
-from mpdeploy.precision.model_io import input_specs, load_model, weight_bytes
+from mpdeploy.precision.model_io import float_io_names, input_specs, load_model, weight_bytes
 from mpdeploy.precision.plan import PrecisionPlan, Reason
 from mpdeploy.precision.rewrite import Prepared, prepare
 from mpdeploy.precision.search import SearchAnswer, search
@@ -177,7 +176,7 @@ def search_model(
     progress("reading")
     loaded = load_model(model)
     feeds = data if isinstance(data, FeedSet) else load_feeds(data, input_specs(loaded), where=str(model))
-    float_io = _io_names(loaded, keep_io, keep_io_names)
+    float_io = float_io_names(loaded, keep_io, keep_io_names)
     prepared = prepare(loaded, half)
     user = match_keep_list(prepared.index, patterns_for(prepared.index, keep), model_name=str(model))
     never = frozenset(match_keep_list(prepared.index, read_patterns(must_half), model_name=str(model)))
@@ -258,16 +257,6 @@ def _io_of(kept: Collection[str], index: GraphIndex) -> tuple[str, ...]:
 
 def _proof_evaluations(model: ir.Model) -> float:
     return math.inf if weight_bytes(model) <= LARGE_BYTES else PROOF_EVALUATIONS
-
-
-def _io_names(model: ir.Model, keep_io: bool, names: Collection[str]) -> set[str]:
-    known = [value.name or "" for value in (*model.graph.inputs, *model.graph.outputs)]
-    for name in names:
-        if name not in known:
-            raise UsageError(
-                f"The model has no input or output '{name}'.", hint=f"closest names: {closest_names(name, known)}"
-            )
-    return set(known) if keep_io else set(names)
 
 
 __all__ = ["ModelSearch", "parse_drop", "search_model"]

@@ -27,8 +27,8 @@ def half_units(flow: Flow) -> set[str]:
     free = [unit for unit in range(len(flow.units)) if unit not in fixed]
     if not any(_pulls(flow, edge_number, fixed) for edge_number in range(len(flow.edges))):
         return {flow.units[unit].key for unit in free}
-    arcs = _arcs(flow, fixed)
-    float_side = _reaches_sink(arcs, len(flow.units) + len(flow.edges) * 2)
+    arcs = cut_arcs(flow, fixed)
+    float_side = float_side_of(arcs, len(flow.units) + len(flow.edges) * 2)
     return {flow.units[unit].key for unit in free if unit not in float_side}
 
 
@@ -40,7 +40,7 @@ def _pulls(flow: Flow, edge_number: int, fixed: set[int]) -> bool:
     return wants_float and any(unit not in fixed for unit in members)
 
 
-def _arcs(flow: Flow, fixed: set[int]) -> list[tuple[int, int, float]]:
+def cut_arcs(flow: Flow, fixed: set[int]) -> list[tuple[int, int, float]]:
     """Arcs (from, to, capacity); -1 is the source, -2 the sink."""
     source, sink = -1, -2
     arcs: list[tuple[int, int, float]] = []
@@ -75,7 +75,7 @@ def _arcs(flow: Flow, fixed: set[int]) -> list[tuple[int, int, float]]:
     return arcs
 
 
-def _reaches_sink(arcs: list[tuple[int, int, float]], count: int) -> set[int]:
+def float_side_of(arcs: list[tuple[int, int, float]], count: int) -> set[int]:
     """Nodes from which the sink can be reached in the residual graph of a maximum flow: the FP32 side."""
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from mpdeploy.precision.formats import FLOAT, HalfFormat
-from mpdeploy.precision.graph_index import CONTROL_FLOW, TYPE_ATTRIBUTES, GraphIndex, all_graphs, bodies
+from mpdeploy.precision.graph_index import CONTROL_FLOW, TYPE_ATTRIBUTES, GraphIndex, bodies
 from mpdeploy.precision.op_rules import COMPUTE_OPS, EXACT_OPS, RULE_OF_OP
 
 UNKNOWN_AXIS = 16
@@ -253,8 +253,3 @@ def float_values(index: GraphIndex) -> list[ir.Value]:
         for value in node.outputs
         if value.name and index.dtypes.get(value) == FLOAT and node.op_type != "Constant"
     ]
-
-
-def body_graphs(index: GraphIndex) -> list[ir.Graph]:
-    """Every graph but the main one."""
-    return list(all_graphs(index.model.graph))[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from mpdeploy.artifact import TensorSpec
-from mpdeploy.errors import ModelError
+from mpdeploy.errors import ModelError, UsageError, closest_names
 from mpdeploy.files import cannot_write
 from mpdeploy.precision.graph_index import all_graphs
 
@@ -156,6 +156,21 @@ def save_model(model: ir.Model, path: Path, checks: Sequence[Callable[[Path], No
         raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def float_io_names(model: ir.Model, keep_io: bool, names: Collection[str]) -> set[str]:
+    """Names of the inputs and outputs that stay FP32: all of them, or those named.
+
+    Raises:
+        UsageError: the model has no input or output of that name; the hint holds the closest ones.
+    """
+    known = [value.name or "" for value in (*model.graph.inputs, *model.graph.outputs)]
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"The model has no input or output '{name}'.", hint=f"closest names: {closest_names(name, known)}"
+            )
+    return set(known) if keep_io else set(names)
 
 
 def specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:

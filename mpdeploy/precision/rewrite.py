@@ -16,7 +16,7 @@ from onnx_ir.passes.common import InlinePass
 
 from mpdeploy.errors import ModelError
 from mpdeploy.precision.formats import HalfFormat
-from mpdeploy.precision.graph_index import GraphIndex, all_graphs, sort_nodes
+from mpdeploy.precision.graph_index import GraphIndex, sort_nodes
 from mpdeploy.precision.passes.assignment import Assignment
 from mpdeploy.precision.passes.clamp_masks import ClampMasksPass
 from mpdeploy.precision.passes.convert_constants import ConvertConstantsPass
@@ -161,8 +161,3 @@ def count_precisions(index: GraphIndex) -> PrecisionCount:
         by_kind = ops.setdefault(node.op_type, {})
         by_kind[kind] = by_kind.get(kind, 0) + 1
     return PrecisionCount(nodes, half_nodes, casts, {op: ops[op] for op in sorted(ops)})
-
-
-def num_nodes(model: ir.Model) -> int:
-    """Nodes in every graph of a model."""
-    return sum(len(graph) for graph in all_graphs(model.graph))

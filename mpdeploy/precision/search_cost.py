@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpdeploy.errors import UsageError
-from mpdeploy.precision.borders import _arcs, _reaches_sink, half_units
+from mpdeploy.precision.borders import cut_arcs, float_side_of, half_units
 from mpdeploy.precision.flow import Flow, Unit
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.op_rules import COMPUTE_OPS
@@ -219,7 +219,7 @@ class FlowCosts:
         ]
         flow = Flow(units, [replace(edge, size=edge.size * self.costs.cast) for edge in self.flow.edges])
         fixed = {number for number, unit in enumerate(units) if unit.fixed}
-        arcs = [arc for arc in _arcs(flow, fixed) if arc[2] > 0]
+        arcs = [arc for arc in cut_arcs(flow, fixed) if arc[2] > 0]
         count = len(units) + 2 * len(flow.edges)
         total = sum(self.costs.units[unit.key] for unit in units) + 1e-9
         for switch in live:
@@ -231,7 +231,7 @@ class FlowCosts:
                 arcs.append((count, -2, paid))
                 arcs += [(need, count, np.inf) for need in needs]
                 count += 1
-        side = _reaches_sink(arcs, count)
+        side = float_side_of(arcs, count)
         return hard | frozenset(
             unit.key for number, unit in enumerate(units) if number in side and unit.key in self.free
         )
