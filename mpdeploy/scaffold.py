@@ -12,7 +12,7 @@ from mpdeploy.files import write_text
 _TEMPLATE = '''"""{name}: from AMP training to gated engines. Run it: mpdeploy train-and-export {file}
 
 It trains on scikit-learn's digits as it is. Replace `Network` and `load`; everything else has a default
-(mpdeploy/config.py documents each field) and can be set from the command line: --set train.epochs=3
+(mpdeploy/config/ documents each field) and can be set from the command line: --set train.epochs=3
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def outline_of(path: Path) -> list[Node] | None:
         return None
     try:
         import onnx
-        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+        from google.protobuf.message import DecodeError
     except ImportError:
         return None
     try:
