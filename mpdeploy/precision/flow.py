@@ -74,7 +74,7 @@ class Flow:
 
 def half_ports(index: GraphIndex, node: ir.Node, half: HalfFormat) -> tuple[frozenset[int], frozenset[int]]:
     """Positions of the float inputs and outputs of a node that become half when the node does."""
-    key = (node, half.name)
+    key = (index.kind(node), half.name)
     if key not in index.ports:
         index.ports[key] = _half_ports(index, node, half)
     return index.ports[key]
@@ -114,7 +114,7 @@ def _half_ports(index: GraphIndex, node: ir.Node, half: HalfFormat) -> tuple[fro
 
 def has_float(index: GraphIndex, node: ir.Node) -> bool:
     """Whether any tensor that goes in or comes out is float32 (or of unknown type, for an op that ONNX does not know)."""
-    return any(index.is_float(value) for value in (*node.inputs, *node.outputs))
+    return int(FLOAT) in index.kind(node)[-1]
 
 
 def build_flow(

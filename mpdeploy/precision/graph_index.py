@@ -36,6 +36,9 @@ TYPE_ATTRIBUTES: dict[str, tuple[str, ir.DataType | None]] = {
     "DequantizeLinear": ("output_dtype", None),
 }
 
+Kind = tuple[str, str, int | None, int, tuple[int, ...]]
+"""Domain, op type, version, number of inputs, and the element types of inputs (and outputs): -1 not known, -2 left out, -3 a container."""
+
 
 @dataclass
 class GraphIndex:
@@ -49,7 +52,7 @@ class GraphIndex:
         dtypes: value -> element type of the tensor it holds; absent where that is not known or it holds no tensor.
         containers: values that hold a sequence, an optional or a map.
         elements: container -> element type of the tensors in it, where known.
-        ports: what `flow.half_ports` found, by node and format.
+        ports: what `flow.half_ports` found, by kind of node and format.
     """
 
     model: ir.Model
@@ -59,8 +62,10 @@ class GraphIndex:
     dtypes: dict[ir.Value, ir.DataType] = field(default_factory=dict)
     containers: set[ir.Value] = field(default_factory=set)
     elements: dict[ir.Value, ir.DataType] = field(default_factory=dict)
-    ports: dict[tuple[ir.Node, str], tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
+    ports: dict[tuple[Kind, str], tuple[frozenset[int], frozenset[int]]] = field(default_factory=dict)
     _signatures: dict[tuple[str, str, int | None], Signature | None] = field(default_factory=dict)
+    _kinds: dict[ir.Node, Kind] = field(default_factory=dict)
+    _outputs_of: dict[Kind, tuple[ir.DataType, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ir.Model) -> GraphIndex:
@@ -88,6 +93,28 @@ class GraphIndex:
         if version is None:
             version = self.model.graph.opset_imports.get(domain, 0)
         return signature(domain, node.op_type, version)
+
+    @property
+    def graphs(self) -> tuple[ir.Graph, ...]:
+        """The main graph and every body."""
+        return (self.model.graph, *self.owner)
+
+    def kind(self, node: ir.Node) -> Kind:
+        """What decides about a node's types: its op and version, and the type of each tensor that goes in and comes out.
+
+        A graph of thousands of nodes has a few dozen kinds: what depends on nothing else is found out once a kind.
+        """
+        found = self._kinds.get(node)
+        if found is None:
+            found = self._kinds[node] = self._kind(node, (*node.inputs, None, *node.outputs))
+        return found
+
+    def _kind(self, node: ir.Node, values: Sequence[ir.Value | None]) -> Kind:
+        dtypes, containers = self.dtypes, self.containers
+        held = tuple([
+            -2 if v is None else int(dtypes[v]) if v in dtypes else -3 if v in containers else -1 for v in values
+        ])  # fmt: skip
+        return (node.domain, node.op_type, node.version, len(node.inputs), held)
 
     def is_float(self, value: ir.Value | None) -> bool:
         """Whether it holds a float32 tensor."""
@@ -127,6 +154,10 @@ class GraphIndex:
         for node in graph:
             for _, body in bodies(node):
                 self._infer(body)
+            kind = self._kind(node, node.inputs) if _is_plain(node) else None
+            if kind in self._outputs_of and len(node.outputs) == len(self._outputs_of[kind]):
+                self.dtypes.update(zip(node.outputs, self._outputs_of[kind], strict=True))
+                continue
             for position, value in enumerate(node.outputs):
                 if self._is_container(node, position, value):
                     self.containers.add(value)
@@ -137,8 +168,11 @@ class GraphIndex:
                 dtype = self._output_dtype(node, position)
                 if dtype is None:
                     self._declare(value)
+                    kind = None
                 else:
                     self.dtypes[value] = dtype
+            if kind is not None and not self.containers.intersection((*node.inputs, *node.outputs)):  # type: ignore[arg-type]
+                self._outputs_of[kind] = tuple(self.dtypes[value] for value in node.outputs)
 
     def _declare(self, value: ir.Value) -> None:
         if isinstance(value.type, ir.TensorType) and value.type.dtype != ir.DataType.UNDEFINED:
@@ -236,6 +270,11 @@ class GraphIndex:
         return None
 
 
+def _is_plain(node: ir.Node) -> bool:
+    """Whether the types of what comes out follow from the types of what goes in: no body and no attribute has a say."""
+    return node.domain in _ONNX and node.op_type not in _NOT_PLAIN
+
+
 def bodies(node: ir.Node) -> Sequence[tuple[str, ir.Graph]]:
     """The graphs a node holds, with the names of their attributes."""
     return list(_bodies(node)) if _may_hold_bodies(node) else ()
@@ -247,6 +286,7 @@ def _may_hold_bodies(node: ir.Node) -> bool:
 
 _OWNERS = frozenset({*CONTROL_FLOW, "SequenceMap"})
 _ONNX = frozenset({"", "ai.onnx"})
+_NOT_PLAIN = _OWNERS | TYPE_ATTRIBUTES.keys() | {"Constant", "ConstantOfShape", "LayerNormalization"}
 
 
 def _bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:

@@ -14,11 +14,13 @@ import onnx_ir as ir
 from mpdeploy.artifact import TensorSpec
 from mpdeploy.errors import ModelError, UsageError, closest_names
 from mpdeploy.files import cannot_write
+from mpdeploy.precision.formats import FLOAT
 from mpdeploy.precision.graph_index import all_graphs
 
 EXTERNAL_FROM_BYTES = 1_000_000_000
 """Above this a model's weights go into a file of their own: protobuf ends at 2 GiB, and takes thrice a file's size to read and write."""
 SCRATCH_EXTERNAL_FROM_BYTES = 1_000_000
+SMALL_BYTES = 1024
 OPSETS = range(9, 26)
 
 
@@ -47,7 +49,19 @@ def load_model(path: Path) -> ir.Model:
             hint="export it with opset_version=20, or convert it with onnx.version_converter",
         )
     _check_external_data(model, path)
+    _decode_small(model)
     return model
+
+
+def _decode_small(model: ir.Model) -> None:
+    """Read small constants out of protobuf once: they are looked at many times."""
+    for graph in all_graphs(model.graph):
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype == FLOAT and tensor.nbytes <= SMALL_BYTES:
+                value.const_value = ir.Tensor(
+                    tensor.numpy(), dtype=FLOAT, name=tensor.name, doc_string=tensor.doc_string
+                )
 
 
 def _load(path: Path) -> ir.Model:

@@ -16,7 +16,7 @@ from mpdeploy.precision.borders import half_units
 from mpdeploy.precision.constants import ConstantFault, examine
 from mpdeploy.precision.flow import build_flow, half_ports, has_float, shape_size
 from mpdeploy.precision.formats import HalfFormat
-from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, constant_tensor
+from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, Kind, constant_tensor
 from mpdeploy.precision.keep_list import KeepEntry
 from mpdeploy.precision.op_rules import RULE_OF_OP, keeps
 from mpdeploy.precision.positions import position_arithmetic
@@ -83,6 +83,9 @@ class PrecisionPlan:
         }
 
 
+_WITHOUT_PRECISION = frozenset({"Constant", *CONTROL_FLOW})
+
+
 def make_plan(
     index: GraphIndex,
     half: HalfFormat,
@@ -105,11 +108,16 @@ def make_plan(
         disabled_rules: names of range rules to leave out (to show what each is for).
     """
     reasons: dict[str, list[Reason]] = {}
+    sound: set[Kind] = set()  # kinds of nodes that nothing about their op keeps
     for node_id, node in index.nodes.items():
-        if node.op_type in ("Constant", *CONTROL_FLOW) or not has_float(index, node):
+        if node.op_type in _WITHOUT_PRECISION or not has_float(index, node):
             continue  # control flow has no precision of its own: the nodes in its bodies have
         found = reasons.setdefault(node_id, [])
-        found += _reasons_of_op(index, node, half)
+        kind = index.kind(node)
+        if kind not in sound:
+            found += _reasons_of_op(index, node, half)
+            if not found:
+                sound.add(kind)
         if keep and node_id in keep:
             entry = keep[node_id]
             found.append(Reason("user", f"kept by '{entry.pattern}'" + (f" ({entry.note})" if entry.note else "")))

@@ -16,7 +16,7 @@ from onnx_ir.passes.common import InlinePass
 
 from mpdeploy.errors import ModelError
 from mpdeploy.precision.formats import HalfFormat
-from mpdeploy.precision.graph_index import GraphIndex, sort_nodes
+from mpdeploy.precision.graph_index import GraphIndex, Kind, sort_nodes
 from mpdeploy.precision.passes.assignment import Assignment
 from mpdeploy.precision.passes.clamp_masks import ClampMasksPass
 from mpdeploy.precision.passes.convert_constants import ConvertConstantsPass
@@ -149,15 +149,17 @@ _FLOATS = {
 def count_precisions(index: GraphIndex) -> PrecisionCount:
     """Count nodes by the type of their first output (or input, for an op such as Shape or ArgMax whose output is no float)."""
     ops: dict[str, dict[str, int]] = {}
-    nodes = half_nodes = casts = 0
+    half_nodes = casts = 0
+    same_kind: dict[Kind, list[ir.Node]] = {}
     for node in index.nodes.values():
-        nodes += 1
+        same_kind.setdefault(index.kind(node), []).append(node)
+    for node, count in ((nodes[0], len(nodes)) for nodes in same_kind.values()):
         types = [index.dtypes.get(value) for value in (*node.outputs, *node.inputs) if value is not None]
         is_cast = node.op_type == "Cast" and all(t in _FLOATS for t in types)
-        casts += is_cast
+        casts += count * is_cast
         known = [t for t in types if t is not None]
-        kind = next((_FLOATS[t] for t in known if t in _FLOATS), known[0].name.lower() if known else "unknown")
-        half_nodes += kind in ("float16", "bfloat16") and not is_cast
-        by_kind = ops.setdefault(node.op_type, {})
-        by_kind[kind] = by_kind.get(kind, 0) + 1
-    return PrecisionCount(nodes, half_nodes, casts, {op: ops[op] for op in sorted(ops)})
+        held = next((_FLOATS[t] for t in known if t in _FLOATS), known[0].name.lower() if known else "unknown")
+        half_nodes += count * (held in ("float16", "bfloat16") and not is_cast)
+        by_type = ops.setdefault(node.op_type, {})
+        by_type[held] = by_type.get(held, 0) + count
+    return PrecisionCount(len(index.nodes), half_nodes, casts, {op: ops[op] for op in sorted(ops)})

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from mpdeploy.errors import ConversionError
-from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
+from mpdeploy.precision.graph_index import GraphIndex, Kind, constant_tensor
 
 
 def check_strict_types(index: GraphIndex) -> None:
@@ -17,9 +17,10 @@ def check_strict_types(index: GraphIndex) -> None:
     Raises:
         ConversionError: naming the node, its ports and their types.
     """
+    proven: set[Kind] = set()
     for node_id, node in index.nodes.items():
         form = index.signature(node)
-        if form is None or form.heterogeneous:
+        if form is None or form.heterogeneous or index.kind(node) in proven:
             continue
         bound: dict[str, tuple[str, ir.DataType]] = {}
         ports = [("input", i, v, form.input_type(i)) for i, v in enumerate(node.inputs)]
@@ -42,6 +43,7 @@ def check_strict_types(index: GraphIndex) -> None:
                         f"{node.op_type} '{node_id}' mixes types: {before[0]} and {label} must be the same.",
                         hint=_REPORT,
                     )
+        proven.add(index.kind(node))
 
 
 _REPORT = "this is a fault of the rewriter: please report it with the model; `--keep` the node to go on"

@@ -7,7 +7,7 @@ from functools import cached_property
 import onnx_ir as ir
 
 from mpdeploy.precision.flow import border_key, half_ports
-from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, all_graphs
+from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex
 from mpdeploy.precision.plan import PrecisionPlan
 
 
@@ -31,7 +31,7 @@ class Assignment:
     @cached_property
     def _taken(self) -> set[str | None]:
         taken: set[str | None] = set()
-        for graph in all_graphs(self.index.model.graph):
+        for graph in self.index.graphs:
             taken.update(value.name for value in graph.inputs)
             taken.update(graph.initializers)
             for node in graph:

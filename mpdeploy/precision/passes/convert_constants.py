@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpdeploy.precision.formats import FLOAT, HalfFormat
-from mpdeploy.precision.graph_index import all_graphs, constant_tensor
+from mpdeploy.precision.graph_index import constant_tensor
 from mpdeploy.precision.passes.assignment import Assignment
 
 
@@ -31,7 +31,7 @@ class ConvertConstantsPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Convert."""
         modified = False
-        for graph in all_graphs(model.graph):
+        for graph in self._assignment.index.graphs:
             for value in list(graph.initializers.values()):
                 if self._assignment.index.is_constant(value):
                     modified |= self._convert(value, graph, None)
@@ -91,6 +91,8 @@ def half_tensor(tensor: ir.TensorProtocol, half: HalfFormat, name: str | None) -
         array = np.asarray(tensor.numpy(), dtype=np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             narrow = array.astype(half.numpy)
+        if array.size and max(array.max(), -array.min()) < half.overflow_from:  # not so where any value is NaN
+            return narrow
         lost = np.isfinite(array) & ~np.isfinite(narrow)
         if lost.any():  # only constants the plan found harmless get here (a bound of Clip)
             narrow = np.where(lost, np.copysign(half.max, array), array).astype(half.numpy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from mpdeploy.precision.formats import FLOAT
-from mpdeploy.precision.graph_index import all_graphs
 from mpdeploy.precision.passes.assignment import Assignment
 from mpdeploy.precision.passes.convert_constants import half_tensor
 
@@ -29,11 +28,7 @@ class InsertCastsPass(ir.passes.InPlacePass):
         """Insert."""
         index = self._assignment.index
         modified = False
-        outputs = {
-            (graph, position): value
-            for graph in all_graphs(model.graph)
-            for position, value in enumerate(graph.outputs)
-        }
+        outputs = {(graph, position): value for graph in index.graphs for position, value in enumerate(graph.outputs)}
         wanted_by_outputs: dict[ir.Value, list[tuple[ir.Graph, int]]] = {}
         for place, value in outputs.items():
             wanted_by_outputs.setdefault(value, []).append(place)

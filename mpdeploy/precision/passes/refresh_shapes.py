@@ -73,30 +73,45 @@ def _shape(tensor: onnx.TypeProto.Tensor) -> ir.Shape:
 
 
 def _inferred(model: ir.Model) -> onnx.ModelProto | None:
-    """The model as ONNX's inference sees it; weights of more than a shape's size are set aside meanwhile (they may not fit protobuf)."""
-    graph = model.graph
-    own_inputs = len(graph.inputs)
-    aside = {
-        value: value.const_value
-        for value in graph.initializers.values()
-        if value.const_value is not None and value.const_value.nbytes > SMALL_BYTES
-    }
+    """The model as ONNX's inference sees it; None where inference fails as a whole."""
     try:
-        for value, tensor in aside.items():
-            if value.shape is None:
-                value.shape = tensor.shape  # type: ignore[assignment]
-            value.type = value.type or ir.TensorType(tensor.dtype)
-            graph.initializers.pop(value.name or "")
-            if not value.is_graph_input():
-                graph.inputs.append(value)
-        proto = ir.to_proto(model)
-    finally:
-        while len(graph.inputs) > own_inputs:
-            graph.inputs.pop()
-        for value, tensor in aside.items():
-            value.const_value = tensor
-            graph.register_initializer(value)
-    try:
-        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        return onnx.shape_inference.infer_shapes(_outline(model), check_type=False, strict_mode=False, data_prop=True)
     except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
         return None  # shapes only weigh casts against gains: without them every tensor weighs the same
+
+
+def _outline(model: ir.Model) -> onnx.ModelProto:
+    """What inference needs: nodes, inputs, outputs, and the constants that may be shapes.
+
+    Weights of more than a shape's size stand as inputs of their type and shape (they may not fit protobuf); declared types and
+    shapes of inner tensors are left out.
+    """
+    proto = onnx.ModelProto(ir_version=model.ir_version)
+    for domain, version in model.graph.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    graph = proto.graph
+    graph.name = model.graph.name or "graph"
+    for value in model.graph.inputs:
+        ir.serde.serialize_value_into(graph.input.add(), value)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        if tensor.nbytes <= SMALL_BYTES:
+            ir.serde.serialize_tensor_into(graph.initializer.add(), tensor)
+            graph.initializer[-1].name = name
+        elif not value.is_graph_input():
+            dims = [axis if isinstance(axis, int) else None for axis in tensor.shape]
+            graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), dims))
+    for node in model.graph:
+        if node.domain not in ("", "ai.onnx") or bodies(node):
+            ir.serde.serialize_node_into(graph.node.add(), node)
+            continue
+        made = graph.node.add(op_type=node.op_type, domain=node.domain)
+        made.input.extend("" if value is None else value.name or "" for value in node.inputs)
+        made.output.extend(value.name or "" for value in node.outputs)
+        for attribute in node.attributes.values():
+            ir.serde.serialize_attribute_into(made.attribute.add(), attribute)
+    for value in model.graph.outputs:
+        ir.serde.serialize_value_into(graph.output.add(), value)
+    return proto
