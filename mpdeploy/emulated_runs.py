@@ -19,7 +19,7 @@ from mpdeploy.data_files import FeedSet
 from mpdeploy.engines import onnxruntime as ort_engine
 from mpdeploy.errors import BuildError
 from mpdeploy.measure.drift import DriftMeter, DriftReport
-from mpdeploy.precision.emulate import emulate
+from mpdeploy.precision.emulate import emulate, run_at_opset_21
 from mpdeploy.precision.flow import float_values, shape_size
 from mpdeploy.precision.formats import HALF_TYPES
 from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, load_model, write_model
@@ -60,6 +60,7 @@ def opener(
     if not base.exists():
         ir.save(model, base, external_data=f"{stem}.weights")
     shared = ir.load(base)
+    run_at_opset_21(shared)
     by_name = {value.name: value for node in shared.graph for value in node.outputs}
     by_name |= {value.name: value for value in shared.graph.inputs}
     originals = list(shared.graph.outputs)

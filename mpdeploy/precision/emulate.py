@@ -13,17 +13,26 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from mpdeploy.precision.engine_forms import hold_sums_in_half, split_as_tensorrt_does
 from mpdeploy.precision.flow import is_exact
 from mpdeploy.precision.formats import FLOAT, HALF_TYPES
 from mpdeploy.precision.graph_index import TYPE_ATTRIBUTES, GraphIndex, all_graphs, bodies, constant_tensor
 
 
-def emulate(model: ir.Model) -> ir.Model:
+def emulate(model: ir.Model, *, half_sums: bool = False) -> ir.Model:
     """A new FP32 model that answers as the mixed model would on half-precision hardware.
 
-    Inputs and outputs that are half in the mixed model are FP32 here; their values are rounded to half.
+    Inputs and outputs that are half in the mixed model are FP32 here; their values are rounded to half. Ops that TensorRT takes
+    apart are taken apart here too (see `engine_forms`).
+
+    Args:
+        model: the mixed model.
+        half_sums: store the sums inside means and norms in half as well: the worst an engine may do.
     """
     emulated = model.clone()
+    split_as_tensorrt_does(emulated)
+    if half_sums:
+        hold_sums_in_half(emulated)
     _Emulation(emulated).run()
     return emulated
 
@@ -46,9 +55,7 @@ class _Emulation:
             value.type = ir.TensorType(FLOAT)
             if self._is_rounded_here(value):
                 self._round(value, dtype)
-        if self.model.graph.opset_imports.get("") == 22:
-            # Opset 22 only widened type constraints (BF16); ONNX Runtime lacks FP32 kernels of some ops at that version.
-            self.model.graph.opset_imports[""] = 21
+        run_at_opset_21(self.model)
 
     def _widen_attributes(self, node: ir.Node) -> None:
         """Types named in attributes become FP32; a Cast to half becomes one to FP32, and its output is rounded like any other."""
@@ -104,13 +111,15 @@ class _Emulation:
         self._rename_outputs(value, rounded)
 
     def _rename_outputs(self, value: ir.Value, rounded: ir.Value) -> None:
-        """A graph output keeps its name: the rounded tensor takes it."""
+        """A graph output keeps its name: the rounded tensor takes it. An input that is an output too is given back as it was fed."""
+        if value.is_graph_input():
+            return
         graphs = [graph for graph in self._graphs_of(value) if value in graph.outputs]
         for graph in graphs:
             for position, output in enumerate(graph.outputs):
                 if output is value:
                     graph.outputs[position] = rounded
-        if graphs and not value.is_graph_input():
+        if graphs:
             value.name, rounded.name = f"{value.name}.wide", value.name
 
     def _graphs_of(self, value: ir.Value) -> list[ir.Graph]:
@@ -120,6 +129,12 @@ class _Emulation:
         assert home is not None
         # a body may name a tensor of an outer graph as its output
         return [home, *(body for node in self.index.nodes.values() for _, body in bodies(node) if body is not home)]
+
+
+def run_at_opset_21(model: ir.Model) -> None:
+    """Relabel an FP32 model of opset 22, which only widened type constraints (BF16): ONNX Runtime lacks kernels of some ops there."""
+    if model.graph.opset_imports.get("") == 22:
+        model.graph.opset_imports[""] = 21
 
 
 def _widened(tensor: ir.TensorProtocol) -> ir.TensorProtocol:

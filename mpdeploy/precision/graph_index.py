@@ -171,7 +171,7 @@ class GraphIndex:
                     kind = None
                 else:
                     self.dtypes[value] = dtype
-            if kind is not None and not self.containers.intersection((*node.inputs, *node.outputs)):  # type: ignore[arg-type]
+            if kind is not None and not self.containers.intersection((*node.inputs, *node.outputs)):
                 self._outputs_of[kind] = tuple(self.dtypes[value] for value in node.outputs)
 
     def _declare(self, value: ir.Value) -> None:

@@ -1,6 +1,7 @@
 """What is known about ops beyond their schemas: one table, one row an op, each with its reason.
 
-Whether an op *has* a half form at all is read from its ONNX schema (`schema.py`). This table adds what schemas do not say.
+Whether an op *has* a half form at all is read from its ONNX schema (`schema.py`). This table adds what schemas do not say, and every row
+matters: without it some model drifts, or is refused (tests/precision/test_op_rows_matter.py).
 """
 
 from __future__ import annotations
@@ -32,27 +33,21 @@ class OpRule:
 
 
 OP_RULES: tuple[OpRule, ...] = (
-    # Shape arithmetic in floating point: exact integers above 2048 do not survive FP16.
-    OpRule("Range", keep=True, reason="its values are positions: integers above 2048 are not exact in FP16"),
     OpRule("CumSum", keep=True, reason="each value is a running sum: rounding adds up along the axis"),
+    OpRule(
+        "LogSoftmax",
+        keep_in=("fp16",),
+        reason="TensorRT takes the logarithm of a Softmax stored in half: what is below 6e-8 becomes minus infinity",
+    ),
     OpRule("Resize", float_inputs=(1, 2), reason="roi and scales are coordinates: TensorRT and ONNX Runtime want FP32"),
-    OpRule("Upsample", float_inputs=(1,), reason="scales are coordinates: TensorRT and ONNX Runtime want FP32"),
-    # Random numbers: a seed gives other numbers in another type.
-    OpRule("RandomNormal", keep=True, reason="a seed gives other numbers in half precision"),
-    OpRule("RandomNormalLike", keep=True, reason="a seed gives other numbers in half precision"),
-    OpRule("RandomUniform", keep=True, reason="a seed gives other numbers in half precision"),
-    OpRule("RandomUniformLike", keep=True, reason="a seed gives other numbers in half precision"),
-    OpRule("Multinomial", keep=True, reason="a seed gives other numbers in half precision"),
-    OpRule("Bernoulli", keep=True, reason="a seed gives other numbers in half precision"),
+    OpRule("RandomNormal", keep=True, reason="no half kernel in ONNX Runtime"),
+    OpRule("RandomUniform", keep=True, reason="no half kernel in ONNX Runtime"),
     # Quantisation: scales decide the integers, and TensorRT fuses Q/DQ pairs only when their scales stay as trained.
     OpRule("QuantizeLinear", keep=True, reason="a rounded scale moves the integers"),
     OpRule("DequantizeLinear", keep=True, reason="a rounded scale moves every value"),
-    OpRule("DynamicQuantizeLinear", keep=True, reason="a rounded input moves the scale"),
-    # No half kernels: TensorRT refuses them, ONNX Runtime has none on CUDA.
-    OpRule("NonMaxSuppression", keep=True, reason="boxes and scores are compared: TensorRT and ONNX Runtime want FP32"),
+    # Coordinates, and ops without a half kernel.
     OpRule("RoiAlign", keep=True, reason="regions are coordinates: integers above 2048 are not exact in FP16"),
     OpRule("GridSample", keep=True, reason="its grid holds coordinates: FP16 moves them by pixels"),
-    OpRule("AffineGrid", keep=True, reason="its values are coordinates"),
     OpRule("EyeLike", keep=True, reason="no half kernel in ONNX Runtime, and nothing to gain"),
     OpRule(
         "LSTM",
@@ -65,18 +60,22 @@ OP_RULES: tuple[OpRule, ...] = (
         keep_in=("bf16",),
         reason="with sequence_lens, TensorRT's parser masks in FP32 and refuses half states; BF16 ones always",
     ),
-    OpRule("LpNormalization", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
-    OpRule("LpPool", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
-    OpRule("Mish", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
     OpRule(
         "RNN",
         keep_with_input=(4,),
         reason="with sequence_lens, TensorRT's parser masks in FP32 and refuses half states",
     ),
-    OpRule("Det", keep=True, reason="a determinant cancels: TensorRT and ONNX Runtime have no half kernel"),
-    OpRule("STFT", keep=True, reason="no half kernel in ONNX Runtime"),
-    OpRule("DFT", keep=True, reason="no half kernel in ONNX Runtime, and its sums are as long as the signal"),
-    OpRule("MelWeightMatrix", keep=True, reason="its values are frequencies"),
+    OpRule("BlackmanWindow", keep=True, reason="TensorRT's parser makes it in FP32 only"),
+    OpRule("HammingWindow", keep=True, reason="TensorRT's parser makes it in FP32 only"),
+    OpRule("HannWindow", keep=True, reason="TensorRT's parser makes it in FP32 only"),
+    OpRule(
+        "MeanVarianceNormalization", keep=True, reason="ONNX defines it with FP32 constants: its checker refuses half"
+    ),
+    OpRule("HardSwish", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
+    OpRule("LpNormalization", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
+    OpRule("LpPool", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
+    OpRule("Mish", keep_in=("bf16",), reason="TensorRT's parser takes no BF16 here"),
+    OpRule("MelWeightMatrix", keep=True, reason="no half kernel in ONNX Runtime"),
 )
 
 

@@ -86,10 +86,19 @@ class RangeRule:
 def _overflow(tensors: Tensors) -> Iterator[RangeVerdict]:
     for value, stats in tensors.each():
         if stats.amax * stats.tail_factor >= tensors.half.overflow_from:
-            seen = "in training" if stats.source == "training" else f"seen, x{stats.tail_factor:.2g} for the tail"
+            seen = (
+                _seen_in_training(stats)
+                if stats.source == "training"
+                else f"seen, x{stats.tail_factor:.2g} for the tail"
+            )
             yield tensors.around(
                 value, f"{value.name} reaches {stats.amax:.4g} ({seen}); half holds {tensors.half.max:.6g}"
             )
+
+
+def _seen_in_training(stats: TensorStats) -> str:
+    where = f"in training at module '{stats.module}'" if stats.module else "in training"
+    return where if stats.calibration_amax is None else f"{where}, {stats.calibration_amax:.4g} in calibration"
 
 
 def _underflow(tensors: Tensors) -> Iterator[RangeVerdict]:
@@ -190,7 +199,7 @@ def _sum_of_squares_of_norm(tensors: Tensors, node: ir.Node, _: TensorStats) -> 
     return None if norm is None else norm.amax**2
 
 
-def _squares_of_layer_norm(tensors: Tensors, node: ir.Node, stats: TensorStats) -> float | None:
+def _largest_square(tensors: Tensors, node: ir.Node, stats: TensorStats) -> float | None:
     return stats.amax**2
 
 
@@ -198,10 +207,11 @@ _INNER: dict[str, Callable[[Tensors, ir.Node, TensorStats], float | None]] = {
     "ReduceMean": _sum_of_mean,
     "GlobalAveragePool": _sum_of_mean,
     "ReduceL2": _sum_of_squares_of_norm,
-    "LayerNormalization": _squares_of_layer_norm,
-    "InstanceNormalization": _squares_of_layer_norm,
-    "GroupNormalization": _squares_of_layer_norm,
-    "RMSNormalization": _squares_of_layer_norm,
+    "LayerNormalization": _largest_square,
+    "InstanceNormalization": _largest_square,
+    "GroupNormalization": _largest_square,
+    "RMSNormalization": _largest_square,
+    "ReduceSumSquare": _largest_square,
 }
 
 RANGE_RULES: tuple[RangeRule, ...] = (
