@@ -83,8 +83,8 @@ def opener(
 
 
 @contextlib.contextmanager
-def emulated_runner(mixed: ir.Model) -> Iterator[ort_engine.OrtRunner]:
-    """A mixed model, running as half-precision hardware would.
+def emulated_runner(mixed: ir.Model, *, half_sums: bool = False) -> Iterator[ort_engine.OrtRunner]:
+    """A mixed model, running as half-precision hardware would; with `half_sums` as the worst of it would (see `emulate`).
 
     Raises:
         StageFailedError: the runtime does not keep the rounding (see `engines.onnxruntime.prove_pairs_are_kept`).
@@ -93,7 +93,9 @@ def emulated_runner(mixed: ir.Model) -> Iterator[ort_engine.OrtRunner]:
         ort_engine.prove_pairs_are_kept(dtype)
     with tempfile.TemporaryDirectory(prefix="mpdeploy-") as name:
         scratch = SCRATCH_EXTERNAL_FROM_BYTES
-        path = write_model(emulate(mixed), Path(name), "emulated.onnx", external_from_bytes=scratch)
+        path = write_model(
+            emulate(mixed, half_sums=half_sums), Path(name), "emulated.onnx", external_from_bytes=scratch
+        )
         with ort_engine.OrtRunner(path) as runner:
             yield runner
 

@@ -44,8 +44,7 @@ ALL_HALF = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = Path("/tmp/zoo_cache")
-    return cache if cache.is_dir() else tmp_path_factory.mktemp("zoo")
+    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
 
 
 def _with_batch_norm_folded(module: Any) -> Any:

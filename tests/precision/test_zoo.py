@@ -13,8 +13,10 @@ import pytest
 
 from mpdeploy.conversion import Conversion, convert
 from mpdeploy.data_files import FeedSet, load_feeds
+from mpdeploy.emulated_runs import emulated_runner
 from mpdeploy.engines.onnxruntime import OrtRunner
 from mpdeploy.errors import GateFailedError
+from mpdeploy.export.to_onnx import export_onnx
 from mpdeploy.precision import op_rules, plan
 from mpdeploy.precision.model_io import input_specs, load_model
 from tests import zoo
@@ -25,8 +27,7 @@ NUM_SAMPLES = 32
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = Path("/tmp/zoo_cache")
-    return cache if cache.is_dir() else tmp_path_factory.mktemp("zoo")
+    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
 
 
 def _feeds(path: Path, arrays: dict[str, np.ndarray], tmp_path: Path) -> FeedSet:
@@ -114,6 +115,67 @@ def test_without_this_rule_this_model_is_lost(model_name: str, rule: str, folder
     assert with_it < 1e-2
     assert done.plan.kept
     assert without > 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_without_fp32_angles_the_rotary_embedding_of_a_long_text_is_another(
+    precision: str, folder: Path, tmp_path: Path
+) -> None:
+    model = _export("llama", folder)
+    rng = np.random.default_rng(0)
+    arrays = {"input_ids": rng.integers(3, 100, (4, 640)), "attention_mask": np.ones((4, 640), np.int64)}
+    feeds = _feeds(model.path, arrays, tmp_path)
+    with_it, done = _drift(model.path, feeds, precision=precision)
+    assert any("rounding moves it by" in str(reasons) for reasons in done.plan.kept.values())
+    without, _ = _drift(model.path, feeds, precision=precision, disabled_rules=["large-angle"])
+    assert without > 2.5 * with_it
+
+
+@pytest.mark.slow
+def test_without_an_fp32_difference_a_trained_cnn_loses_what_its_camera_saw(folder: Path, tmp_path: Path) -> None:
+    """A sensor whose dark level is 3000, taken off by the model's first node: what is left is a thousandth of what goes in."""
+    digits = zoo.trained_digits_cnn(folder, "none")
+    model = onnx.load(digits.path)
+    name = model.graph.input[0].name
+    for node in model.graph.node:
+        node.input[:] = ["centred" if taken == name else taken for taken in node.input]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(3000), "dark"))
+    model.graph.node.insert(0, onnx.helper.make_node("Sub", [name, "dark"], ["centred"], name="subtract_dark"))
+    path = tmp_path / "camera.onnx"
+    onnx.save(model, path)
+    feeds = _feeds(path, {key: array + np.float32(3000) for key, array in digits.feeds(64).items()}, tmp_path)
+    with_it, done = _drift(path, feeds)
+    assert list(done.plan.kept) == ["subtract_dark"]
+    assert with_it < 1e-2
+    assert _drift(path, feeds, disabled_rules=["cancellation"])[0] > 0.5
+
+
+@pytest.mark.slow
+def test_without_fp32_sums_a_global_mean_is_lost_on_an_engine_that_sums_in_half(tmp_path: Path) -> None:
+    """A ResNet's last pooling over 96 x 96 positions of strong activations: the mean is 40, its sum 370,000."""
+    import torch
+    from transformers import ResNetConfig, ResNetModel
+
+    torch.manual_seed(0)
+    net = ResNetModel(ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic")).eval()
+
+    class Loud(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return (net(images).last_hidden_state * 40).mean((2, 3))
+
+    images = np.random.default_rng(0).standard_normal((4, 3, 768, 768)).astype(np.float32)
+    path = tmp_path / "loud.onnx"
+    export_onnx(Loud().eval(), {"images": images}, path, opset=20, output_names=["pooled"])
+    feeds = _feeds(path, {"images": images}, tmp_path)
+    lost = {}
+    for disabled in ((), ("inner-sum",)):
+        done = convert(path, data=feeds, keep_io=True, disabled_rules=disabled, output=tmp_path / "out.onnx")
+        assert done.drift.rel_l2 < 1e-2, "an engine that sums in FP32 loses nothing either way"
+        with emulated_runner(load_model(tmp_path / "out.onnx"), half_sums=True) as runner:
+            (answer,) = runner.infer(feeds.feeds[0]).values()
+        lost[disabled] = not np.isfinite(answer).all()
+    assert lost == {(): False, ("inner-sum",): True}
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,12 @@ def export(name: str, folder: Path) -> ZooModel | None:
     )
 
 
+def cache_folder() -> Path | None:
+    """Where exported models outlive a test run: the folder that the environment variable MPDEPLOY_ZOO names, or None."""
+    named = os.environ.get("MPDEPLOY_ZOO")
+    return Path(named) if named and Path(named).is_dir() else None
+
+
 def _key() -> str:
     """Changes with the recipes and with the libraries that export them."""
     digest = hashlib.sha256()
@@ -80,4 +87,4 @@ def _key() -> str:
     return digest.hexdigest()
 
 
-__all__ = ["NAMES", "RECIPES", "TRAPS", "DigitsModel", "ZooModel", "export", "trained_digits_cnn"]
+__all__ = ["NAMES", "RECIPES", "TRAPS", "DigitsModel", "ZooModel", "cache_folder", "export", "trained_digits_cnn"]
