@@ -55,7 +55,9 @@ def sparkline(values: Sequence[float | None]) -> str:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    empty = {"updated": "", "pipeline": None, "verdict": None, "chosen_engine": None, **dict.fromkeys(TRENDS)}
+    empty: dict[str, Any] = {
+        "updated": "", "pipeline": None, "verdict": None, "failed": [], "chosen_engine": None, **dict.fromkeys(TRENDS),
+    }  # fmt: skip
     try:
         run = RunDir.open(path)
     except RunDirError as error:
@@ -73,12 +75,31 @@ def _describe(path: Path) -> dict[str, Any]:
         "updated": run.manifest.get("updated", ""),
         "pipeline": run.manifest.get("pipeline"),
         "verdict": gate.get("verdict"),
+        "failed": _failed(gate),
         "score": _number(places.get("onnx", {}).get("score")),
         "worst_rel_l2": max(drifts, default=None),
         "median_ms": _number(places.get(f"engine/{chosen}", {}).get("median_ms")),
         "chosen_engine": chosen,
         "fault": None,
     }
+
+
+def _failed(gate: dict[str, Any]) -> list[str]:
+    """Ids of the gates that failed and count, each once."""
+    verdicts = gate.get("verdicts", [])
+    return list(
+        dict.fromkeys(
+            str(each.get("id"))
+            for each in verdicts
+            if isinstance(each, dict) and each.get("verdict") == "fail" and not each.get("advisory")
+        )
+    )
+
+
+def verdict_line(runs: Sequence[dict[str, Any]], pipeline: str) -> str:
+    """A sign a run of that pipeline, oldest first: passed, failed, undecided, waiting, or not there yet."""
+    signs = {"pass": "✓", "fail": "✕", "inconclusive": "?", "unvalidated": "…"}
+    return "".join(signs.get(str(item["verdict"]), "·") for item in runs if item["pipeline"] == pipeline)
 
 
 def _number(value: Any) -> float | None:

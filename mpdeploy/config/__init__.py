@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from mpdeploy.config.loading import load_pipeline
 from mpdeploy.config.overrides import apply_overrides
+from mpdeploy.config.parity import ParityConfig
 from mpdeploy.config.pipeline import (
     DEFAULT_GATES,
+    PARITY_GATES,
     BuildConfig,
     ConvertConfig,
     DataConfig,
@@ -20,18 +22,22 @@ from mpdeploy.config.pipeline import (
     Pipeline,
     ValidationConfig,
 )
+from mpdeploy.config.pruning import PruningConfig
 from mpdeploy.config.section import Section, UserFunction
 from mpdeploy.config.training import TrainConfig, TrainPrecision
 
 __all__ = [
     "DEFAULT_GATES",
+    "PARITY_GATES",
     "BuildConfig",
     "ConvertConfig",
     "DataConfig",
     "ExportConfig",
     "Gate",
     "HalfPrecision",
+    "ParityConfig",
     "Pipeline",
+    "PruningConfig",
     "Section",
     "TrainConfig",
     "TrainPrecision",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from mpdeploy.config.metric_name import parse_torchmetrics
 from mpdeploy.config.section import Section, UserFunction
 from mpdeploy.config.training import TrainConfig
 
@@ -21,6 +23,26 @@ class DataConfig(Section):
     """A folder that `load` may read; `--set data.folder=DIR`."""
     seed: int = 0
     """Fixes the splits."""
+    limit: int | None = Field(None, ge=20)
+    """At most so many samples in all, each class in proportion; an official test split gives at most a fifth of them."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, in the order of the model's outputs; empty: those found in the data, sorted."""
+    text_columns: tuple[str, ...] = Field((), max_length=2)
+    """Text: the column of the sentence, or of two sentences; empty: the names GLUE uses (`sentence`, `premise` and `hypothesis`, ...)."""
+    label_column: str = "label"
+    """Text: the column of the label, a number or a name."""
+    max_length: int = Field(128, ge=4)
+    """Text: tokens a sample has at most; longer ones are cut."""
+    padding: Literal["longest", "max_length"] = "longest"
+    """Text: pad to the longest sample, rounded up to a multiple of 8, or always to `max_length`."""
+    image_size: tuple[int, int] = (224, 224)
+    """Images: height and width in pixels; the shorter side is resized to fit and the rest is cut off evenly."""
+    image_channels: Literal[1, 3] = 3
+    """Images: 3 for RGB, 1 for grey."""
+    cache_folder: str | None = None
+    """Images: where decoded samples are kept; `mpdeploy` in the user's cache folder where None."""
+    model_folder: str | None = None
+    """A local transformers folder: weights, and the tokenizer or image processor that belongs to them."""
 
 
 class ExportConfig(Section):
@@ -52,6 +74,10 @@ class BuildConfig(Section):
     """Rows of the engine table; empty: every one that this machine has. One that is named and missing is an error."""
     profile: tuple[int, int, int] = (1, 8, 32)
     """Smallest, best and largest batch of a symbolic first axis."""
+    shortest: dict[str, int] = Field(default_factory=lambda: {"sequence": 1})
+    """Symbolic axes, by name, that may be shorter than the golden samples, and how short; others have their length throughout."""
+    options: Mapping[str, Mapping[str, bool | int | str | tuple[str, ...]]] = Field(default_factory=dict)
+    """Engine -> its own build options, those that `mpdeploy doctor --engine NAME` lists: `{"tensorrt": {"tf32": True}}`."""
 
     @field_validator("profile")
     @classmethod
@@ -79,13 +105,22 @@ class ValidationConfig(Section):
     clusters: UserFunction | None = None
     """`clusters(dataset) -> integers`: samples with equal numbers are not independent (frames of a video, patches of an image)."""
     corpus_metric: str | UserFunction | None = None
-    """`corpus_metric(outputs, labels) -> one number` over all samples, higher is better; or `torchmetrics:MulticlassF1Score`."""
+    """`corpus_metric(outputs, labels) -> one number` over all samples, higher is better; or `torchmetrics:F1Score(average="macro")`."""
     corpus_resamples: int = Field(1000, ge=200)
     """Resamples of the samples on which the corpus metric is computed again, for its interval."""
-    noise_floors: tuple[Literal["rerun", "rebuild"], ...] = ("rerun",)
-    """What drift an engine has against itself: run again on the same samples, or built again from the same model."""
+    noise_floors: tuple[Literal["rerun", "rebuild", "tf32"], ...] = ("rerun", "tf32")
+    """What moves when nothing was changed: an engine run again, or built again from the same model; FP32 against TF32 (on a GPU)."""
+    describe_samples: UserFunction | None = None
+    """`describe_samples(dataset) -> one text a sample`, for the report: what a sample of token ids or features says to a reader."""
     noise_floor_seeds: int = Field(0, ge=0)
     """Train so many FP32 models more, each with another seed, to see how far seeds alone move the score. Expensive: off."""
+
+    @field_validator("corpus_metric")
+    @classmethod
+    def _parses(cls, value: str | UserFunction | None) -> str | UserFunction | None:
+        if isinstance(value, str):
+            parse_torchmetrics(value)
+        return value
 
 
 class Gate(Section):
@@ -103,6 +138,11 @@ class Gate(Section):
     """Apply only to models of this precision."""
     slice: str | None = None
     """A glob over the names of slices: apply to each of these instead of to all samples. None: all samples."""
+    times_noise: float | None = Field(None, gt=0)
+    """Raise the limit to so many times the noise floor that was measured for it, where that is more (`limit=0`: from noise alone).
+
+    The floor of `rel_l2` is the largest of `validation.noise_floors` at the place, that of `score_drop` the standard deviation
+    between seeds (`validation.noise_floor_seeds`, at least 2). Where none was measured the limit stays as it is."""
     advisory: bool = False
     """Report the verdict, but leave it out of the run's."""
 
@@ -119,6 +159,14 @@ DEFAULT_GATES: tuple[Gate, ...] = (
 )
 
 
+PARITY_GATES: tuple[Gate, ...] = (
+    Gate(id="parity-nll", metric="parity_nll", limit=0.05, at="parity/*"),
+    Gate(id="parity-score", metric="parity_score_drop", limit=0.02, at="parity/*", advisory=True),
+    Gate(id="parity-churn", metric="parity_churn", limit=0.02, at="parity/*", advisory=True),
+)
+"""What `train.parity.tier` from 1 on brings with it, where the pipeline has no gate on paired seeds of its own."""
+
+
 class Pipeline(Section):
     """Everything `mpdeploy train-and-export` needs to know."""
 
@@ -131,6 +179,16 @@ class Pipeline(Section):
     build: BuildConfig = BuildConfig()
     validation: ValidationConfig = ValidationConfig()
     gates: tuple[Gate, ...] = DEFAULT_GATES
+
+    @model_validator(mode="after")
+    def _parity_gates(self) -> Pipeline:
+        own = tuple(gate for gate in self.gates if gate not in PARITY_GATES)
+        brought = PARITY_GATES if self.train.parity.tier else ()
+        kept = tuple(gate for gate in self.gates if gate in own or brought)
+        if not any(gate.metric.startswith("parity_") for gate in kept):
+            kept += brought
+        object.__setattr__(self, "gates", kept)  # frozen: this is still its making
+        return self
 
     @model_validator(mode="after")
     def _unique_gates(self) -> Pipeline:

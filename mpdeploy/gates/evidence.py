@@ -1,15 +1,18 @@
 """Evidence: per-sample numbers and raw latencies of every place that was measured, enough to decide the gates again.
 
 evidence/index.json         what was measured where, with the digest of each file, of the data, models and harness
+evidence/samples.json       texts of the samples that changed most, where the pipeline's describe_samples gives them
 evidence/PLACE.npz          one file a place ('engine/openvino' -> engine-openvino.npz):
     ids                     [n]  sample ids
     scores, baseline_scores [n]  the task metric for each sample, here and where it is compared with
     predictions, baseline_predictions  [n]  (where the metric predicts classes)
+    margins, baseline_margins  [n]  the largest score less the second largest, where it does
     drift/OUTPUT/FIELD      [n]  fields of `measure.drift.OutputDrift`
     latency_a_ms, latency_b_ms   [m] the baseline's and this place's raw latencies, interleaved in blocks of equal size
     clusters                [n]  samples with equal numbers are not independent
     slice/NAME              [n]  whether a sample belongs to the named slice
     corpus_draws, baseline_corpus_draws  [b]  a corpus metric on resamples of the samples, the same ones on both sides
+    corpus_left_out, baseline_corpus_left_out  [g]  the same without each of g groups of samples
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ from mpdeploy.files import atomic_path, sha256_of_file, write_json
 from mpdeploy.measure.drift import SAMPLE_FIELDS, DriftReport, OutputDrift
 
 INDEX = "index.json"
+SAMPLES = "samples.json"
 SLICE = "slice/"
-SAMPLE_ARRAYS = ("ids", "scores", "baseline_scores", "predictions", "baseline_predictions", "clusters")
+SAMPLE_ARRAYS = ("ids", "scores", "baseline_scores", "predictions", "baseline_predictions", "margins", "baseline_margins",
+                 "clusters")  # fmt: skip
 HARNESS_VERSION = 1
 """Raised whenever a number that is measured changes its meaning: older evidence is then not comparable."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mpdeploy.config import Gate
@@ -18,7 +19,16 @@ from mpdeploy.gates.finding import Finding, MetricRow
 from mpdeploy.gates.metrics import METRICS
 from mpdeploy.gates.place_json import place_json
 from mpdeploy.gates.schema import GATE_SCHEMA
-from mpdeploy.gates.verdict import SEVERITY, Verdict, VerdictName, format_count, format_number, overall, stable_json
+from mpdeploy.gates.verdict import (
+    SEVERITY,
+    Verdict,
+    VerdictName,
+    format_apart,
+    format_count,
+    format_number,
+    overall,
+    stable_json,
+)
 from mpdeploy.measure.statistics import CONFIDENCE, holm
 
 __all__ = [
@@ -53,11 +63,11 @@ def mlperf_999(at: str = "*") -> Gate:
 def decide(gates: Iterable[Gate], evidence: Evidence) -> list[Verdict]:
     """One verdict for each gate and each place that has what it asks for, in the order of gates, then of places.
 
-    A gate that finds its metric nowhere fails: a missing metric is never a pass. The one exception is a gate for a
-    precision that the run has no model of (see `not_applied`).
+    A missing metric is never a pass: a gate that finds its metric nowhere fails, and so does a place that lacks what
+    its siblings have. The one exception is a gate for a precision that the run has no model of (see `not_applied`).
 
     Raises:
-        ConfigError: a gate names a metric that does not exist.
+        ConfigError: a gate names a metric that does not exist, or takes its limit from noise that is not measured.
     """
     verdicts: list[Verdict] = []
     for gate in gates:
@@ -66,8 +76,14 @@ def decide(gates: Iterable[Gate], evidence: Evidence) -> list[Verdict]:
                 f"Gate '{gate.id}' names the metric '{gate.metric}', which does not exist.",
                 hint=f"closest names: {closest_names(gate.metric, METRICS)}",
             )
+        if gate.times_noise is not None and gate.metric not in _FLOORS:
+            raise ConfigError(
+                f"Gate '{gate.id}' takes its limit from noise, and no noise floor of '{gate.metric}' is measured.",
+                hint=f"times_noise is for {', '.join(_FLOORS)}",
+            )
         row = METRICS[gate.metric]
         found = [verdict for place in _parts(gate, evidence) if (verdict := _verdict(gate, row, place)) is not None]
+        found += _lost_alone(gate, row, evidence, found)
         if not found and not _has_no_such_precision(gate, evidence):
             found = [_nowhere(gate, evidence)]
         verdicts += found
@@ -150,20 +166,23 @@ def _verdict(gate: Gate, row: MetricRow, place: Place) -> Verdict | None:
         reason = str(place.notes.get("unvalidated", "it was built here and cannot run here"))
         message = f"{gate.metric} on `{place.at}`: unvalidated, {reason}"
         return Verdict(gate.id, place.at, gate.metric, "unvalidated", None, gate.limit, None, 0, message, gate.advisory)
-    finding = row.find(place, gate.limit)
+    limit, floor = limit_at(gate, place)
+    finding = row.find(place, limit)
     if finding is None:
         return None
-    verdict = _decision(row, finding, gate.limit)
+    verdict = _decision(row, finding, limit)
+    if floor:
+        finding = replace(finding, detail="; ".join(filter(None, (finding.detail, floor))))
     return Verdict(
         id=gate.id,
         at=place.at,
         metric=gate.metric,
         verdict=verdict,
         measured=finding.measured,
-        limit=gate.limit,
+        limit=limit,
         interval=finding.interval,
         num_samples=finding.num_samples,
-        message=_message(gate, finding, place, verdict),
+        message=_message(gate.metric, limit, finding, place, verdict),
         advisory=gate.advisory,
         samples_to_decide=finding.samples_to_decide if verdict == "inconclusive" else None,
         p_value=finding.p_value,
@@ -180,14 +199,38 @@ def _decision(row: MetricRow, finding: Finding, limit: float) -> VerdictName:
     return "pass" if kept else "fail"
 
 
-def _message(gate: Gate, finding: Finding, place: Place, verdict: VerdictName) -> str:
-    text = finding.text or f"{format_number(finding.measured)} against a limit of {format_number(gate.limit)}"
+_FLOORS = {
+    "rel_l2": ("noise_rerun_rel_l2", "noise_rebuild_rel_l2", "noise_tf32_rel_l2"),
+    "score_drop": ("noise_seeds_score",),
+}
+"""Metric -> facts that say how far it moves when nothing was changed."""
+
+
+def limit_at(gate: Gate, place: Place) -> tuple[float, str]:
+    """The gate's limit at a place, raised to a multiple of the noise floor where the gate asks for it, and what was done."""
+    if gate.times_noise is None:
+        return gate.limit, ""
+    found = {name: float(place.facts[name]) for name in _FLOORS[gate.metric] if name in place.facts}
+    floors = {name: value for name, value in found.items() if math.isfinite(value) and value > 0.0}
+    if not floors:
+        return gate.limit, "no noise floor above zero was measured here, so the limit is the declared one"
+    largest = max(floors, key=lambda name: floors[name])
+    limit = gate.times_noise * floors[largest]
+    text = f"{gate.times_noise:g} times the noise floor {format_number(floors[largest])} ({largest})"
+    if limit <= gate.limit:
+        return gate.limit, f"{text} is less than the declared limit"
+    return limit, f"the limit is {text}"
+
+
+def _message(metric: str, limit: float, finding: Finding, place: Place, verdict: VerdictName) -> str:
+    numbers = format_apart(finding.measured, limit), format_apart(limit, finding.measured)
+    text = finding.text or f"{numbers[0]} against a limit of {numbers[1]}"
     needed = ""
     if verdict == "inconclusive" and finding.samples_to_decide is not None:
         needed = f", ~{format_count(finding.samples_to_decide)} samples would decide"
     detail = f" ({finding.detail})" if finding.detail else ""
     where = f"`{place.at}`" + (f", slice `{place.slice}`" if place.slice else "")
-    return f"{finding.name or gate.metric} on {where}: {text}: {verdict}{needed}{detail}"
+    return f"{finding.name or metric} on {where}: {text}: {verdict}{needed}{detail}"
 
 
 def _nowhere(gate: Gate, evidence: Evidence) -> Verdict:
@@ -201,6 +244,50 @@ def _nowhere(gate: Gate, evidence: Evidence) -> Verdict:
         reason = f"applies nowhere: the places of this run are {', '.join(evidence.places) or 'none'}"
     message = f"{gate.metric} on `{gate.at}`: {reason}: fail (a missing metric is never a pass)"
     return Verdict(gate.id, gate.at, gate.metric, "fail", None, gate.limit, None, 0, message, gate.advisory)
+
+
+_OF_ANSWERS = ("score_drop", "relative_score_drop", "corpus_drop", "flips", "num_nonfinite", "rel_l2",
+               "worst_sample_rel_l2", "max_abs", "cosine")  # fmt: skip
+"""Metrics of what a model answered: every place that was compared with the golden answers has the same ones."""
+
+
+def _siblings(row_name: str, place: Place, evidence: Evidence) -> list[Place]:
+    """The other places that have a metric if this one has it: all that answered, for latency and facts those of its kind."""
+    kind = place.at.split("/")[0]
+    return [
+        other
+        for other in evidence.places.values()
+        if other.at != place.at
+        and other.status == "measured"
+        and other.baseline == place.baseline
+        and not other.at.startswith("parity")
+        and (other.at.split("/")[0] == kind or row_name in _OF_ANSWERS)
+    ]
+
+
+def _lost_alone(gate: Gate, row: MetricRow, evidence: Evidence, found: Sequence[Verdict]) -> list[Verdict]:
+    """A failure for each place that the gate covers and that lacks a metric (or a slice) which its siblings have."""
+    decided = {verdict.at for verdict in found}
+    lost = []
+    for place in _places(gate, evidence):
+        if place.at in decided or place.status != "measured" or _is_empty(place) or place.at.startswith("parity"):
+            continue  # an empty place fails by itself; `parity` and `parity/...` are each of their own kind
+        siblings = _siblings(gate.metric, place, evidence)
+        if gate.slice is not None:
+            siblings = [
+                each.sliced(name) for each in siblings for name in each.slices if fnmatch.fnmatchcase(name, gate.slice)
+            ]
+        having = [each.at for each in siblings if row.find(each, gate.limit) is not None]
+        if having:
+            part = f", slice `{gate.slice}`" if gate.slice else ""
+            message = (
+                f"{gate.metric} on `{place.at}`{part}: was not measured there, while {having[0]} has it: "
+                "fail (a missing metric is never a pass)"
+            )
+            lost.append(
+                Verdict(gate.id, place.at, gate.metric, "fail", None, gate.limit, None, 0, message, gate.advisory)
+            )
+    return lost
 
 
 def _is_empty(place: Place) -> bool:

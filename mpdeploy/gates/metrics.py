@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mpdeploy.gates import sampled
+from mpdeploy.gates import parity, sampled
 from mpdeploy.gates.evidence import Place
 from mpdeploy.gates.finding import Finding, MetricRow, lost
 from mpdeploy.gates.verdict import format_number
@@ -160,7 +160,20 @@ METRICS: dict[str, MetricRow] = {
         "gradients that are exactly zero in mixed precision alone",
         needs_run=False,
     ),
+    "parity_nll": MetricRow(
+        parity.nll, "share of FP32's loss", "held-out loss of AMP against FP32 over paired seeds: equivalence (TOST)"
+    ),
+    "parity_nll_nats": MetricRow(parity.nll_nats, "nats", "the same with the margin in nats"),
+    "parity_score_drop": MetricRow(
+        parity.score_drop, "share", "drop of the task's mean score under AMP over paired seeds: non-inferiority"
+    ),
+    "parity_churn": MetricRow(
+        parity.excess_churn, "share", "predictions that AMP changes beyond those that another seed changes"
+    ),
     "kept_in_half": MetricRow(_fact("kept_in_half"), "nodes", "kept nodes that really run in half", needs_run=False),
+    "kept_unaccounted": MetricRow(
+        _fact("kept_unaccounted"), "nodes", "kept nodes that no layer of the engine answers for", needs_run=False
+    ),
     "half_in_fp32": MetricRow(_fact("half_in_fp32"), "nodes", "half nodes that really run in FP32", needs_run=False),
     "num_kept": MetricRow(_fact("num_kept"), "nodes", "nodes that stay FP32", needs_run=False),
     "size_bytes": MetricRow(_fact("size_bytes"), "bytes", "size of the model or engine file", needs_run=False),

@@ -12,11 +12,11 @@ from mpdeploy.gates.finding import Finding, lost
 from mpdeploy.gates.verdict import format_change, format_number
 from mpdeploy.measure import accuracy
 from mpdeploy.measure.bootstrap import median_ratio
-from mpdeploy.measure.corpus import corpus_bounds
+from mpdeploy.measure.corpus import CorpusDraws, Worth, corpus_bounds
 from mpdeploy.measure.latency import BLOCK_SIZE
 from mpdeploy.measure.paired import PairedComparison, compare_paired, is_binary
 from mpdeploy.measure.power import samples_to_decide_mean
-from mpdeploy.measure.statistics import FloatArray, clopper_pearson, decide_at_most
+from mpdeploy.measure.statistics import CONFIDENCE, FloatArray, clopper_pearson, decide_at_most, normal_quantile
 
 LATENCY_FLOOR_MS = 0.02
 """A median slower by less than this does not fail, whatever its ratio: it is noise, and nobody waits for it."""
@@ -110,27 +110,42 @@ def _finding_of_drop(
 
 def corpus_drop(place: Place, limit: float) -> Finding | None:
     """How much lower a corpus metric (F1, BLEU, mAP: one number over all samples) is than the baseline's."""
-    draws = [place.arrays.get(name) for name in ("baseline_corpus_draws", "corpus_draws")]
-    values = [place.facts.get(name) for name in ("baseline_corpus_value", "corpus_value")]
-    if draws[0] is None and draws[1] is None and values[0] is None and values[1] is None:
+    names = ("corpus_draws", "corpus_left_out", "baseline_corpus_draws", "baseline_corpus_left_out")
+    keys = ("corpus_value", "baseline_corpus_value", "corpus_worth_largest", "corpus_worth_typical")
+    arrays = [place.arrays.get(name) for name in names]
+    facts = [place.facts.get(key) for key in keys]
+    if all(item is None for item in (*arrays, *facts[:2])):
         return None
-    if draws[0] is None or draws[1] is None or draws[0].shape != draws[1].shape or None in values:
-        return lost("the corpus metric's values or resamples are not whole in the evidence")
+    here, here_left, there, there_left = arrays
     n = int(place.facts.get("corpus_num_samples", 0))
-    here, there = (float(value) for value in reversed(values))
+    num_units = int(place.facts.get("corpus_num_units", n))
+    if here is None or there is None or here_left is None or there_left is None or None in facts:
+        return lost("the corpus metric's values or resamples are not whole in the evidence", n)
+    if here.shape != there.shape or here_left.shape != there_left.shape:
+        return lost("the corpus metric's resamples here and in the baseline are not the same ones", n)
     try:
-        found = corpus_bounds(there, here, draws[0], draws[1], num_units=int(place.facts.get("corpus_num_units", n)))
-    except DataError as error:
-        return lost(error.message.rstrip("."), n)
+        value, baseline_value, largest, typical = (float(item) for item in facts if item is not None)
+        found = corpus_bounds(
+            CorpusDraws(baseline_value, there, there_left, num_units),
+            CorpusDraws(value, here, here_left, num_units),
+            Worth(largest, typical, place.facts.get("corpus_is_smooth") is True),
+        )
+    except (DataError, ValueError, TypeError) as error:
+        return lost(str(getattr(error, "message", error)).rstrip("."), n)
     decision = decide_at_most(found.bounds, limit)
     change, allowed = format_change(-found.drop, (-found.bounds[1], -found.bounds[0]), scale=1.0, unit="", limit=limit)
-    needed = samples_to_decide_mean(found.drop, found.deviation * math.sqrt(n), limit)
+    deviation = max(found.deviation, (found.bounds[1] - found.drop) / normal_quantile(CONFIDENCE))
+    needed = samples_to_decide_mean(found.drop, deviation * math.sqrt(n), limit)
+    detail = f"{format_number(value)} against {format_number(baseline_value)}, {len(here):,} resamples"
+    if found.num_changed is not None:
+        seen = f"about {found.num_changed} samples" if found.num_changed else "no sample"
+        detail += f"; {seen} changed, so what unseen ones may be worth is allowed for"
     return Finding(
         measured=found.drop,
         num_samples=n,
         name=str(place.notes.get("corpus_metric", "corpus metric")),
         text=f"{change} against a margin of {allowed}",
-        detail=f"{format_number(here)} against {format_number(there)}, {len(draws[1]):,} resamples",
+        detail=detail,
         interval=found.bounds,
         decision=decision,
         samples_to_decide=needed if decision == "inconclusive" else None,

@@ -117,6 +117,17 @@ def format_number(value: float) -> str:
     return f"{value:.4g}"
 
 
+def format_apart(value: float, other: float) -> str:
+    """`value` with as many digits as it takes to see that it is not `other` (a cosine of 0.999998 is not 1)."""
+    text = format_number(value)
+    if value == other or not (math.isfinite(value) and math.isfinite(other)):
+        return text
+    digits = 5
+    while float(text.replace(",", "")) == float(format_number(other).replace(",", "")) and digits <= 17:
+        text, digits = f"{value:.{digits}g}", digits + 1
+    return text
+
+
 def format_count(value: int) -> str:
     """A count of samples to two digits: `1,900`."""
     digits = max(0, len(str(value)) - 2)

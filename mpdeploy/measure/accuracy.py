@@ -115,6 +115,11 @@ def resolve(metric: str) -> MetricRow:
     Raises:
         ConfigError: there is none; the hint holds the closest names.
     """
+    if metric.startswith("torchmetrics:"):
+        raise ConfigError(
+            f"'{metric}' is one number over all samples, and a metric gives one a sample.",
+            hint="name it as validation.corpus_metric, and gate on corpus_drop",
+        )
     if metric not in METRICS:
         raise ConfigError(
             f"There is no metric '{metric}'.",
@@ -165,6 +170,17 @@ def predictions(metric: Metric, outputs: Outputs) -> Array | None:
         return None
     row = resolve(metric)
     return None if row.predictions is None else row.predictions(_class_scores(_first(outputs), metric))
+
+
+def margins(metric: Metric, outputs: Outputs) -> Array | None:
+    """How far each sample's largest score lies above its second largest, float32 [n]; None where no classes are predicted.
+
+    NaN where the answer holds one.
+    """
+    if predictions(metric, outputs) is None:
+        return None
+    best = np.sort(np.asarray(_first(outputs), dtype=np.float64), axis=1)[:, -2:]
+    return np.asarray(best[:, 1] - best[:, 0], dtype=np.float32)
 
 
 def _first(outputs: Outputs) -> Array:

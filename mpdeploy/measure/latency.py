@@ -2,14 +2,15 @@
 
 Two runners are timed in blocks in the order A B B A A B B A ..., so that a machine that warms up or is busy for a while
 slows both. Nothing is clipped: what a user would have waited for counts. Every number says what it includes
-(`Runner.includes`: host-to-device copies or not, Python or not).
+(`Runner.includes`: host-to-device copies or not, Python or not), and what the machine did meanwhile (`conditions`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,14 @@ import numpy as np
 from mpdeploy.artifact import Array, Feeds, Runner
 from mpdeploy.errors import ConfigError, StageFailedError
 from mpdeploy.measure.bootstrap import MedianRatio, median_ratio
+from mpdeploy.measure.conditions import Watch
+from mpdeploy.measure.pinning import pinning
 from mpdeploy.measure.statistics import MIN_SAMPLES_P99, FloatArray, quantile, quantile_bounds
 
 BLOCK_SIZE = 10
 """Timed calls before the other runner has its turn."""
+COPY_SAMPLES = 20
+"""Timed copies to and from a device, where a runner's times leave them out."""
 STABLE_WITHIN = 0.03
 """A warm-up has ended when three successive blocks have medians this close."""
 
@@ -44,6 +49,9 @@ class LatencySamples:
         device: where it ran.
         batch: samples in one call (the first axis of the first input).
         warmup: what came before.
+        cpu_ms: [num_blocks], CPU time of this process (all its threads) for one call, mean of each block; wall time is `samples_ms`.
+        copies_ms: `to_device` and `to_host`, where the runner leaves copies out of its times and can measure them apart.
+        conditions: what the machine did meanwhile (`measure.conditions`), and which threads were pinned.
     """
 
     samples_ms: FloatArray
@@ -51,6 +59,9 @@ class LatencySamples:
     device: str
     batch: int
     warmup: Warmup
+    cpu_ms: FloatArray | None = None
+    copies_ms: Mapping[str, FloatArray] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def median_ms(self) -> float:
@@ -83,10 +94,13 @@ class LatencySamples:
             "p99_interval_ms": None if self.p99_ms is None else list(quantile_bounds(self.samples_ms, 0.99)),
             "throughput_per_s": self.throughput_per_s,
             "num_samples": len(self.samples_ms),
+            "cpu_ms_per_call": None if self.cpu_ms is None else quantile(self.cpu_ms, 0.5),
+            "copies_ms": {name: quantile(times, 0.5) for name, times in self.copies_ms.items()} or None,
             "batch": self.batch,
             "includes": self.includes,
             "device": self.device,
             "warmup": {"iterations": self.warmup.iterations, "is_stable": self.warmup.is_stable},
+            "conditions": dict(self.conditions),
         }
 
 
@@ -141,21 +155,43 @@ class LatencyReport:
             "latency_includes_a": self.a.includes,
             "latency_includes_b": self.b.includes,
             "latency_batch": self.b.batch,
+            "latency_cpu_ms_a": None if self.a.cpu_ms is None else quantile(self.a.cpu_ms, 0.5),
+            "latency_cpu_ms_b": None if self.b.cpu_ms is None else quantile(self.b.cpu_ms, 0.5),
+            "latency_conditions": dict(self.b.conditions),
         }
 
 
 def measure_one(
-    runner: Runner, feeds: Feeds, num_samples: int = 300, *, block_size: int = BLOCK_SIZE, max_warmup_s: float = 5.0
+    runner: Runner,
+    feeds: Feeds,
+    num_samples: int = 300,
+    *,
+    block_size: int = BLOCK_SIZE,
+    max_warmup_s: float = 5.0,
+    pin: bool = True,
 ) -> LatencySamples:
     """Warm a runner up and time `num_samples` calls; the runner has been entered.
+
+    Args:
+        runner: what is timed.
+        feeds: what it is given.
+        num_samples: timed calls, in blocks of `block_size`.
+        block_size: calls in a row.
+        max_warmup_s: longest warm-up.
+        pin: tie the runner's busy threads to cores of their own, on a CPU.
 
     Raises:
         ConfigError: no samples asked for.
         StageFailedError: the runner gave times that are not positive numbers.
     """
     _check(num_samples, block_size)
-    warmup = warm_up(runner, feeds, block_size=block_size, max_seconds=max_warmup_s)
-    return _samples(runner, feeds, np.asarray(_time(runner, feeds, num_samples)), warmup)
+    with pinning(wanted=pin, device=_device(runner)) as pins:
+        with pins.watching():
+            warmup = warm_up(runner, feeds, block_size=block_size, max_seconds=max_warmup_s)
+        watch, taken = Watch(_device(runner)), _Taken(runner, feeds)
+        for done in range(0, num_samples, block_size):
+            taken.block(min(block_size, num_samples - done))
+        return taken.samples(warmup, watch.read() | {"threads": pins.to_json()})
 
 
 def measure_pair(
@@ -168,6 +204,7 @@ def measure_pair(
     block_size: int = BLOCK_SIZE,
     max_warmup_s: float = 5.0,
     seed: int = 0,
+    pin: bool = True,
 ) -> LatencyReport:
     """Time two runners in turns, block by block in the order A B B A; both have been entered.
 
@@ -180,6 +217,7 @@ def measure_pair(
         block_size: calls in a row.
         max_warmup_s: longest warm-up of each.
         seed: of the ratio's bootstrap.
+        pin: tie each runner's busy threads to cores of their own, where both run on the CPU.
 
     Raises:
         ConfigError: fewer than two blocks asked for.
@@ -192,20 +230,19 @@ def measure_pair(
             f"{num_samples} latency samples are a single block of {block_size}: nothing can be said of their spread.",
             hint=f"take at least {2 * block_size}; 300 allow a 99th percentile",
         )
-    feeds_of = (feeds, feeds if feeds_b is None else feeds_b)
-    runners = (runner_a, runner_b)
-    warmups = [
-        warm_up(runner, given, block_size=block_size, max_seconds=max_warmup_s)
-        for runner, given in zip(runners, feeds_of, strict=True)
-    ]
-    times: tuple[list[float], list[float]] = ([], [])
-    for block in range(num_blocks):
-        for side in (0, 1) if block % 2 == 0 else (1, 0):
-            times[side].extend(_time(runners[side], feeds_of[side], block_size))
-    a, b = (
-        _samples(runner, given, np.asarray(taken), warmup)
-        for runner, given, taken, warmup in zip(runners, feeds_of, times, warmups, strict=True)
-    )
+    sides = (_Taken(runner_a, feeds), _Taken(runner_b, feeds if feeds_b is None else feeds_b))
+    device = next((found for side in sides if (found := _device(side.runner)) != "cpu"), "cpu")
+    warmups = []
+    with pinning(wanted=pin, device=device) as pins:
+        for side in sides:
+            with pins.watching():
+                warmups.append(warm_up(side.runner, side.feeds, block_size=block_size, max_seconds=max_warmup_s))
+        watch = Watch(device)
+        for block in range(num_blocks):
+            for side in sides if block % 2 == 0 else sides[::-1]:
+                side.block(block_size)
+        conditions = watch.read() | {"threads": pins.to_json()}
+        a, b = (side.samples(warmup, conditions) for side, warmup in zip(sides, warmups, strict=True))
     return LatencyReport(a, b, block_size, seed)
 
 
@@ -223,15 +260,14 @@ def warm_up(
     medians: list[float] = []
     stable = False
     while not stable and len(medians) < max_blocks and (not medians or time.perf_counter() - started < max_seconds):
-        medians.append(float(np.median(_time(runner, feeds, block_size))))
+        medians.append(float(np.median(_checked(runner, runner.time_ms(feeds, block_size), block_size))))
         last = medians[-3:]
         stable = len(last) == 3 and max(last) - min(last) <= stable_within * min(last)
     return Warmup(len(medians) * block_size, round(time.perf_counter() - started, 3), stable)
 
 
-def _time(runner: Runner, feeds: Feeds, iterations: int) -> list[float]:
-    times = runner.time_ms(feeds, iterations)
-    if len(times) != iterations or not np.isfinite(times).all() or min(times) <= 0.0:
+def _checked(runner: Runner, times: list[float], iterations: int) -> list[float]:
+    if len(times) != iterations or not all(0.0 < item < math.inf for item in times):
         raise StageFailedError(
             f"{type(runner).__name__}.time_ms was asked for {iterations} times and gave {times[:5]}.",
             hint="each must be a positive number of milliseconds",
@@ -239,15 +275,40 @@ def _time(runner: Runner, feeds: Feeds, iterations: int) -> list[float]:
     return times
 
 
-def _samples(runner: Runner, feeds: Mapping[str, Array], samples_ms: FloatArray, warmup: Warmup) -> LatencySamples:
-    first = next(iter(feeds.values()), None)
-    return LatencySamples(
-        samples_ms=samples_ms.astype(np.float64),
-        includes=str(getattr(runner, "includes", "not stated by the runner")),
-        device=str(getattr(runner, "device", "cpu")),
-        batch=first.shape[0] if first is not None and first.ndim else 1,
-        warmup=warmup,
-    )
+class _Taken:
+    """What was measured of one runner so far."""
+
+    def __init__(self, runner: Runner, feeds: Feeds) -> None:
+        self.runner, self.feeds = runner, feeds
+        self.times: list[float] = []
+        self.cpu_ms: list[float] = []
+
+    def block(self, iterations: int) -> None:
+        """Time some calls in a row; the CPU's time beside the wall's."""
+        begin = time.process_time_ns()
+        taken = self.runner.time_ms(self.feeds, iterations)
+        self.cpu_ms.append((time.process_time_ns() - begin) / 1e6 / iterations)
+        self.times.extend(_checked(self.runner, taken, iterations))
+
+    def samples(self, warmup: Warmup, conditions: Mapping[str, Any]) -> LatencySamples:
+        """Everything that was measured, and the copies that the times left out."""
+        first = next(iter(self.feeds.values()), None)
+        copies = getattr(self.runner, "copies_ms", None)
+        apart = copies(self.feeds, COPY_SAMPLES) if copies is not None else {}
+        return LatencySamples(
+            samples_ms=np.asarray(self.times, dtype=np.float64),
+            includes=str(getattr(self.runner, "includes", "not stated by the runner")),
+            device=_device(self.runner),
+            batch=first.shape[0] if first is not None and first.ndim else 1,
+            warmup=warmup,
+            cpu_ms=np.asarray(self.cpu_ms, dtype=np.float64),
+            copies_ms={name: np.asarray(times, dtype=np.float64) for name, times in apart.items()},
+            conditions=conditions,
+        )
+
+
+def _device(runner: Runner) -> str:
+    return str(getattr(runner, "device", "cpu"))
 
 
 def _check(num_samples: int, block_size: int) -> None:

@@ -154,7 +154,7 @@ def latency_points(sides: Mapping[str, FloatArray], *, label: str) -> str:
     marks = sorted({low, float(np.sqrt(low * high)) if logarithmic else (low + high) / 2, high})
     parts = [
         f'<line class="grid" x1="52" y1="{y(mark):.1f}" x2="600" y2="{y(mark):.1f}"/>'
-        f'<text x="48" y="{y(mark) + 4:.1f}" text-anchor="end">{format_number(mark)}</text>'
+        f'<text x="48" y="{y(mark) + 4:.1f}" text-anchor="end">{_short(float(f"{mark:.3g}"))}</text>'
         for mark in marks
     ]
     for (_, side), css in zip(sides.items(), ("a", "b"), strict=False):
@@ -171,9 +171,17 @@ def latency_points(sides: Mapping[str, FloatArray], *, label: str) -> str:
 
 
 def line_chart(
-    series: Mapping[str, Sequence[tuple[float, float]]], *, label: str, log_scale: bool = False, x_name: str = "epoch"
+    series: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    label: str,
+    log_scale: bool = False,
+    x_name: str = "epoch",
+    marks: Sequence[float] = (),
 ) -> str:
-    """Curves over epochs (or what `x_name` says): name -> (x, y) points; values that are not finite leave a gap."""
+    """Curves over epochs (or what `x_name` says): name -> (x, y) points; values that are not finite leave a gap.
+
+    `marks` are drawn as ticks below the curves.
+    """
     points = [point for curve in series.values() for point in curve if _drawable(point[1], log_scale)]
     if not points:
         return ""
@@ -181,19 +189,25 @@ def line_chart(
     left, right, bottom, top = min(xs), max(xs), min(ys), max(ys)
     width, height = (right - left) or 1.0, (top - bottom) or abs(top) or 1.0
 
+    def at(x: float) -> float:
+        return 54 + 256 * (x - left) / width
+
     def place(point: tuple[float, float]) -> str:
-        x = 44 + 266 * (point[0] - left) / width
-        return f"{x:.1f} {126 - 112 * (_level(point[1], log_scale) - bottom) / height:.1f}"
+        return f"{at(point[0]):.1f} {126 - 112 * (_level(point[1], log_scale) - bottom) / height:.1f}"
 
     parts = []
     for mark in (bottom, top) if top > bottom else (bottom,):
         y = 126 - 112 * (mark - bottom) / height
-        shown = format_number(2.0**mark if log_scale else mark)
-        parts.append(f'<line class="grid" x1="44" y1="{y:.1f}" x2="310" y2="{y:.1f}"/>')
-        parts.append(f'<text x="40" y="{y + 4:.1f}" text-anchor="end">{shown}</text>')
+        parts.append(f'<line class="grid" x1="54" y1="{y:.1f}" x2="310" y2="{y:.1f}"/>')
+        parts.append(
+            f'<text x="50" y="{y + 4:.1f}" text-anchor="end">{_short(2.0**mark if log_scale else mark)}</text>'
+        )
     parts.append(
-        f'<text x="44" y="144">{left:g}</text><text x="310" y="144" text-anchor="end">{escape(x_name)} {right:g}</text>'
+        f'<text x="54" y="144">{left:g}</text><text x="310" y="144" text-anchor="end">{escape(x_name)} {right:g}</text>'
     )
+    parts += [
+        f'<line class="tick" x1="{at(x):.1f}" y1="122" x2="{at(x):.1f}" y2="131"/>' for x in marks if left <= x <= right
+    ]
     for curve, css in zip(series.values(), ("b", "a"), strict=False):
         path, pen_down = [], False
         for point in curve:
@@ -201,7 +215,43 @@ def line_chart(
                 path.append(("L" if pen_down else "M") + place(point))
             pen_down = _drawable(point[1], log_scale)
         parts.append(f'<path class="curve c-{css}" d="{"".join(path)}"/>')
+        if len(curve) <= 24:
+            parts += [
+                f'<circle class="k-{css}" cx="{x}" cy="{y}" r="2.5"/>'
+                for x, y in (place(point).split() for point in curve if _drawable(point[1], log_scale))
+            ]
     return _svg("".join(parts), label, css="plot", height=150, view="0 0 316 150")
+
+
+def seed_strip(candidate: Sequence[float], reference: Sequence[float], *, label: str) -> str:
+    """Two rows of dots on one axis, a dot a seed, pairs joined: mixed precision above, FP32 below."""
+    values = [*candidate, *reference]
+    low, high = min(values), max(values)
+    pad = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+
+    def x(value: float) -> float:
+        return 60 + 240 * (value - low + pad) / (high - low + 2 * pad)
+
+    parts = ['<text x="0" y="22">AMP</text><text x="0" y="62">FP32</text>']
+    parts += [
+        f'<line class="grid" x1="{x(one):.1f}" y1="18" x2="{x(other):.1f}" y2="58"/>'
+        for one, other in zip(candidate, reference, strict=False)
+    ]
+    for row, css, y in ((candidate, "f-data", 18), (reference, "f-before", 58)):
+        parts += [
+            f'<circle class="{css}" cx="{x(value):.1f}" cy="{y}" r="4.5"><title>{format_number(value)}</title></circle>'
+            for value in row
+        ]
+    parts.append(
+        f'<text x="60" y="84">{_short(low)}</text><text x="300" y="84" text-anchor="end">{_short(high)}</text>'
+    )
+    return _svg("".join(parts), label, css="plot", height=90, view="0 0 316 90")
+
+
+def _short(value: float) -> str:
+    """A number of an axis: at most seven characters."""
+    text = format_number(value)
+    return text if len(text) <= 7 else f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _drawable(value: float, log_scale: bool) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpdeploy.gates.verdict import format_number
+from mpdeploy.gates.verdict import format_apart, format_number
 
 Json = Mapping[str, Any]
 
@@ -19,11 +19,22 @@ def number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
+def maybe_number(value: Any) -> float | None:
+    """A finite number of a report, or None where it is none: a text, a list, a truth value, NaN."""
+    if value is None or isinstance(value, bool):
+        return None
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if math.isfinite(found) else None
+
+
 def measured_text(verdict: Json) -> str:
     """The number and its interval; a drop is called one, since messages show the signed change."""
     if verdict["measured"] is None:
         return "not measured"
-    text = format_number(number(verdict["measured"]))
+    text = format_apart(number(verdict["measured"]), number(verdict["limit"]))
     if verdict["interval"] is not None:
         low, high = (format_number(number(bound)) for bound in verdict["interval"])
         text += f" [{low}, {high}]"
@@ -61,6 +72,11 @@ def headline(gate: Json) -> str:
         parts.append(f"not validated on this machine: {', '.join(gate['unvalidated'])}")
     sentence = "; ".join(parts)
     return sentence[0].upper() + sentence[1:] + "."
+
+
+def mapping(value: Any) -> Json:
+    """The value where it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def dicts(value: Any) -> list[Json]:

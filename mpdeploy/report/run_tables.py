@@ -49,12 +49,35 @@ def engine_rows(run_dir: RunDir, gate: Json) -> list[dict[str, Any]]:
                 "verdict": worst,
                 "precision": str(artifact.sidecar.get("precision", "")) if artifact else "",
                 "size": f"{size / 1e6:,.2f} MB" if size is not None else "",
-                "audit": _flat_text(audit),
+                "audit": _audit_text(audit),
                 "seconds": f"{record.seconds:,.1f}",
                 "message": " ".join(filter(None, (record.message, record.hint))),
             }
         )
     return rows
+
+
+_SOURCES = {
+    "network": "as parsed, which repeats the ONNX file",
+    "inspector": "from the engine's inspector",
+    "runtime_model": "from the model that the runtime runs",
+}
+
+
+def _audit_text(audit: Any) -> str:
+    """Layers by precision, what differs from the plan, and where that is known from."""
+    if not isinstance(audit, Mapping):
+        return "" if audit is None else str(audit)
+    layers = audit.get("layers")
+    counts = layers if isinstance(layers, Mapping) else {k: v for k, v in audit.items() if isinstance(v, int | float)}
+    parts = [", ".join(f"{count} {precision}" for precision, count in counts.items() if not isinstance(count, bool))]
+    for key, text in (("kept_in_half", "kept, but in half"), ("half_in_fp32", "half, but in FP32")):
+        found = audit.get(key)
+        if isinstance(found, list | tuple) and found:
+            parts.append(f"{len(found)} {text}: {', '.join(map(str, found[:4]))}{' ...' if len(found) > 4 else ''}")
+    source = str(audit.get("source", ""))
+    parts.append(_SOURCES.get(source, source))
+    return "; ".join(filter(None, parts))
 
 
 def _flat_text(value: Any) -> str:

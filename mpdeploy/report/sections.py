@@ -1,32 +1,24 @@
-"""What the measured sections of the page show: verdicts, drift, accuracy, latency, training."""
+"""What the measured sections of the page show: verdicts, drift, accuracy, noise, latency."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from mpdeploy.gates.evidence import Evidence
 from mpdeploy.gates.metrics import METRICS
-from mpdeploy.gates.verdict import format_number
+from mpdeploy.gates.verdict import format_apart, format_number
 from mpdeploy.report import charts
 from mpdeploy.report.reading import SYMBOLS, Json, dicts, measured_text, number, worst_first
 from mpdeploy.run_dir import RunDir
-
-_CURVES = {
-    "loss": "training loss",
-    "early_stopping_loss": "held-out loss",
-    "early_stopping_score": "held-out score",
-    "learning_rate": "learning rate",
-    "loss_scale": "loss scale (powers of two)",
-    "num_skipped": "skipped steps",
-}
 
 
 def verdict_rows(gate: Json) -> list[dict[str, Any]]:
     """The table of verdicts, worst first."""
     rows = []
     for verdict in worst_first(gate["verdicts"]):
+        if verdict["verdict"] == "unvalidated":
+            continue
         measured, limit = number(verdict["measured"]), number(verdict["limit"])
         low_high = verdict["interval"] and (number(verdict["interval"][0]), number(verdict["interval"][1]))
         row = METRICS.get(verdict["metric"])
@@ -35,7 +27,7 @@ def verdict_rows(gate: Json) -> list[dict[str, Any]]:
                 **verdict,
                 "symbol": SYMBOLS[verdict["verdict"]],
                 "measured_text": measured_text(verdict),
-                "limit_text": format_number(limit),
+                "limit_text": format_apart(limit, measured),
                 "limit_is": "at least" if row and row.limit_is == "smallest" else "at most",
                 "strip": charts.verdict_strip(
                     measured,
@@ -48,6 +40,36 @@ def verdict_rows(gate: Json) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def waiting_lines(gate: Json) -> list[str]:
+    """A line for each place whose gates wait for a machine that can run it."""
+    waiting: dict[str, list[Json]] = {}
+    for verdict in gate["verdicts"]:
+        if verdict["verdict"] == "unvalidated":
+            waiting.setdefault(verdict["at"], []).append(verdict)
+    lines = []
+    for at, found in waiting.items():
+        names = list(dict.fromkeys(f"{each['id']}" for each in found))
+        reason = found[0]["message"].partition("unvalidated, ")[2]
+        lines.append(f"`{at}`: {len(found)} gates are unvalidated ({', '.join(names)}). {reason}")
+    return lines
+
+
+def _after_name(message: str) -> str:
+    """A verdict's message without the metric and the place, for a table that names them."""
+    return message.partition(": ")[2] or message
+
+
+def _strip(verdict: Json, limit_is: str) -> str:
+    """A decided verdict's number, interval and limit; empty where it has no interval."""
+    if not verdict["interval"]:
+        return ""
+    low, high = (number(bound) for bound in verdict["interval"])
+    return charts.verdict_strip(
+        number(verdict["measured"]), (low, high), number(verdict["limit"]), verdict=verdict["verdict"],
+        limit_is=limit_is, label=verdict["message"],
+    )  # fmt: skip
 
 
 def drift_rows(gate: Json) -> dict[str, Any]:
@@ -98,17 +120,7 @@ def accuracy_rows(gate: Json) -> list[dict[str, Any]]:
         if "scores" not in place and "flips" not in place:
             continue
         scores, flips, verdict = place.get("scores"), place.get("flips"), decided.get(at)
-        strip = ""
-        if verdict is not None and verdict["interval"]:
-            low, high = (number(bound) for bound in verdict["interval"])
-            strip = charts.verdict_strip(
-                number(verdict["measured"]),
-                (low, high),
-                number(verdict["limit"]),
-                verdict=verdict["verdict"],
-                limit_is="largest",
-                label=verdict["message"],
-            )
+        strip = "" if verdict is None else _strip(verdict, "largest")
         p_value = None if scores is None else scores["mcnemar_p_value"]
         rows.append(
             {
@@ -120,7 +132,7 @@ def accuracy_rows(gate: Json) -> list[dict[str, Any]]:
                 "flips": flips,
                 "mcnemar": "" if p_value is None else f"{number(p_value):.3g}",
                 "strip": strip,
-                "message": "" if verdict is None else verdict["message"],
+                "message": "" if verdict is None else _after_name(verdict["message"]),
                 "verdict": "" if verdict is None else verdict["verdict"],
             }
         )
@@ -131,7 +143,7 @@ MAX_SLICE_ROWS = 80
 
 
 def slice_rows(gate: Json) -> dict[str, Any]:
-    """Every slice at every place, the largest drop first, then the largest drift."""
+    """Every slice at every place, the largest drop first, then the largest drift; and each slice where it is worst."""
     rows = []
     failed = {
         (verdict["at"], verdict.get("slice"))
@@ -156,53 +168,120 @@ def slice_rows(gate: Json) -> dict[str, Any]:
                 }
             )
     rows.sort(key=lambda row: (not row["failed"], row["order"]))
-    return {"rows": rows[:MAX_SLICE_ROWS], "more": max(0, len(rows) - MAX_SLICE_ROWS)}
+    worst: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        worst.setdefault(str(row["name"]), row)
+    return {
+        "worst": list(worst.values())[:MAX_SLICE_ROWS],
+        "rows": rows[:MAX_SLICE_ROWS],
+        "more": max(0, len(rows) - MAX_SLICE_ROWS),
+    }
 
 
-def corpus_lines(gate: Json) -> list[str]:
-    """The corpus metric of each place in a sentence."""
-    return [
-        f"{at}: {place['corpus']['metric']} {format_number(number(place['corpus']['value']))} against "
-        f"{format_number(number(place['corpus']['baseline_value']))} of {place['baseline']}"
-        for at, place in gate["places"].items()
-        if "corpus" in place
-    ]
-
-
-_NOISE = {"noise_rerun_rel_l2": "run again", "noise_rebuild_rel_l2": "built again"}
-
-
-def noise_lines(gate: Json, run_dir: RunDir) -> list[str]:
-    """What moves when nothing was changed: limits below this cannot be kept."""
-    lines = []
+def corpus_rows(gate: Json) -> list[dict[str, Any]]:
+    """The corpus metric of each place, with its interval against the margin where a gate decided it."""
+    decided = {verdict["at"]: verdict for verdict in gate["verdicts"] if verdict["metric"] == "corpus_drop"}
+    rows = []
     for at, place in gate["places"].items():
-        found = [
-            f"{text} {format_number(number(place['facts'][key]))}"
-            for key, text in _NOISE.items()
-            if key in place["facts"]
+        found, verdict = place.get("corpus"), decided.get(at)
+        if found is None:
+            continue
+        rows.append(
+            {
+                "at": at,
+                "metric": found["metric"],
+                "value": f"{number(found['value']):.5g}",
+                "baseline_value": f"{number(found['baseline_value']):.5g}",
+                "baseline": place["baseline"],
+                "verdict": "" if verdict is None else verdict["verdict"],
+                "strip": "" if verdict is None else _strip(verdict, "largest"),
+                "message": "no gate asks for it (corpus_drop does)"
+                if verdict is None
+                else _after_name(verdict["message"]),
+            }
+        )
+    return rows
+
+
+_NOISE = {
+    "noise_rerun_rel_l2": "run again",
+    "noise_rebuild_rel_l2": "built again",
+    "noise_tf32_rel_l2": "TF32 for FP32",
+}
+
+
+def noise_rows(gate: Json) -> list[dict[str, Any]]:
+    """What moves at each place when nothing was changed, beside what was measured and the limit that holds there."""
+    rows = []
+    for at, place in gate["places"].items():
+        floors = {name: number(place["facts"][name]) for name in _NOISE if name in place["facts"]}
+        if not floors:
+            continue
+        limits = [
+            number(verdict["limit"])
+            for verdict in gate["verdicts"]
+            if verdict["at"] == at and verdict["metric"] == "rel_l2" and not verdict.get("slice")
         ]
-        if found:
-            lines.append(f"{at} against itself (rel_l2): {', '.join(found)}.")
+        limit, largest = min(limits, default=math.nan), max(floors.values())
+        drift = [number(output["rel_l2"]) for output in place.get("drift", {}).values()]
+        rows.append(
+            {
+                "at": at,
+                "floors": [format_number(floors[name]) if name in floors else "" for name in _NOISE],
+                "drift": format_number(max(drift)) if drift else "",
+                "limit": "" if math.isnan(limit) else format_number(limit),
+                "says": _says(largest, limit, max(drift, default=math.nan)),
+            }
+        )
+    return rows
+
+
+NOISE_TITLES = tuple(_NOISE.values())
+SUGGESTED_TIMES = 3.0
+
+
+def _says(floor: float, limit: float, drift: float) -> str:
+    """What the floor means for the limit."""
+    if not floor > 0.0:
+        return "the engine repeats itself to the bit: no limit is too strict for it"
+    if limit < floor:
+        return f"the limit lies below the noise: it cannot be kept; {format_number(SUGGESTED_TIMES * floor)} is 3 times the floor"
+    text = f"the limit is {format_number(limit / floor)} times the floor" if not math.isnan(limit) else ""
+    if drift <= SUGGESTED_TIMES * floor:
+        text += f"{'; ' if text else ''}the drift is within 3 times the floor: as good as unchanged"
+    return text
+
+
+def seed_line(run_dir: RunDir) -> str:
+    """How far seeds alone move the score; empty where it was not measured."""
     record = run_dir.record("50-validate")
     seeds = record.report.get("noise_floors", {}).get("seeds") if record else None
-    if seeds:
-        scores = ", ".join(format_number(number(score)) for score in seeds["scores"].values())
-        flips = seeds.get("flips_between_two")
-        lines.append(
-            f"FP32 models of other seeds score {scores}"
-            + (f"; two of them differ on {100 * flips:.2g} % of the samples." if flips is not None else ".")
-        )
-    return lines
+    if not seeds:
+        return ""
+    scores = ", ".join(format_number(number(score)) for score in seeds["scores"].values())
+    text, flips, spread = (
+        f"FP32 models of other seeds score {scores}",
+        seeds.get("flips_between_two"),
+        seeds.get("spread"),
+    )
+    if spread is not None:
+        text += f" (standard deviation {format_number(number(spread))})"
+    return text + (f"; two of them differ on {100 * flips:.2g} % of the samples." if flips is not None else ".")
 
 
-# -- latency, training ----------------------------------------------------------------------------------------
+def tf32_line(run_dir: RunDir) -> str:
+    """Why TF32's noise floor is missing; empty where it was measured or not asked for."""
+    record = run_dir.record("50-validate")
+    found = record.report.get("noise_floors", {}).get("tf32") if record else None
+    return f"FP32 against TF32 was not measured: {found['missing']}." if found and "missing" in found else ""
+
+
+# -- latency ----------------------------------------------------------------------------------------
 
 
 def latency_cards(gate: Json, evidence: Evidence | None) -> list[dict[str, Any]]:
     """Raw points of both sides for each place whose latency was measured."""
-    messages = {
-        verdict["at"]: verdict["message"] for verdict in gate["verdicts"] if verdict["metric"] == "latency_ratio"
-    }
+    decided = {verdict["at"]: verdict for verdict in gate["verdicts"] if verdict["metric"] == "latency_ratio"}
     cards = []
     for at, place in gate["places"].items():
         if "latency" not in place:
@@ -225,8 +304,9 @@ def latency_cards(gate: Json, evidence: Evidence | None) -> list[dict[str, Any]]
                 if p99 is not None
                 else "not claimed (fewer than 299 samples)",
                 "num_samples": summary["num_samples"],
-                "includes": "" if at in messages else place["facts"].get("latency_includes_b", ""),
-                "message": messages.get(at, ""),
+                "includes": "" if at in decided else place["facts"].get("latency_includes_b", ""),
+                "message": decided[at]["message"] if at in decided else "",
+                "ratio": _strip(decided[at], "largest") if at in decided else "",
                 "plot": plot,
                 **_sweep(at, place["facts"].get("batch_sweep")),
             }
@@ -249,31 +329,3 @@ def _sweep(at: str, rows: Any) -> dict[str, Any]:
         x_name="batch",
     )
     return {"sweep": chart, "sweep_text": text}
-
-
-def training_cards(run_dir: RunDir) -> list[dict[str, str]]:
-    """A small chart for each number of the training history, with the FP32 reference's curve where there is one."""
-    record = run_dir.record("10-train")
-    history = dicts(record.report.get("history")) if record else []
-    reference = dicts(record.report.get("reference_history")) if record else []
-    cards = []
-    for key, title in _CURVES.items():
-        log_scale = key == "loss_scale"
-        curves = {"mixed precision": _curve(history, key), "FP32 reference": _curve(reference, key)}
-        chart = charts.line_chart(
-            {name: curve for name, curve in curves.items() if curve}, label=title, log_scale=log_scale
-        )
-        if chart and curves["mixed precision"]:
-            last = curves["mixed precision"][-1][1]
-            cards.append({"title": title, "chart": chart, "last": format_number(last)})
-    return cards
-
-
-def _curve(history: Sequence[Json], key: str) -> list[tuple[float, float]]:
-    points = []
-    for index, item in enumerate(history):
-        try:
-            points.append((float(item.get("epoch", index + 1)), float(item[key])))
-        except (KeyError, TypeError, ValueError):
-            continue
-    return points

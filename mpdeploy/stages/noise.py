@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ import numpy as np
 from mpdeploy.artifact import Array, Dataset, Engine, OnnxModel, Runner
 from mpdeploy.config import ValidationConfig
 from mpdeploy.engines import backend
-from mpdeploy.engines.base import default_profile
 from mpdeploy.files import digest_of_json
 from mpdeploy.measure.drift import DriftMeter
 from mpdeploy.measure.latency import measure_one
 from mpdeploy.pipeline import Context
-from mpdeploy.stages.common import load_splits
+from mpdeploy.stages.common import load_splits, profile_of
 
 MAX_SAMPLES = 256
 """Noise of an engine is measured on so many samples at most."""
@@ -44,11 +44,62 @@ def engine_noise(context: Context, engine: Engine, dataset: Dataset, config: Val
         model = context.run.artifact(stage, name)
         assert isinstance(model, OnnxModel)
         with tempfile.TemporaryDirectory(prefix="mpdeploy-rebuild-") as folder:
-            profile = default_profile(model.inputs, context.pipeline.build.profile, {})
+            profile = profile_of(context, model)
             rebuilt = backend(engine.backend).build(model, profile, {}, Path(folder))
             with backend(engine.backend).load(rebuilt) as runner:
                 facts["noise_rebuild_rel_l2"] = _drift(first, list(_answers(runner, samples, config.batch_size)))
     return facts
+
+
+def tf32_noise(context: Context, dataset: Dataset, config: ValidationConfig) -> dict[str, Any]:
+    """Relative L2 drift of the trained model in TF32 against itself in FP32, on a GPU: what two good answers may differ by.
+
+    Returns:
+        `rel_l2`; or `missing`, the reason, where there is no GPU; nothing where the config does not ask for it.
+    """
+    if "tf32" not in config.noise_floors:
+        return {}
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"missing": "TF32 is a mode of NVIDIA GPUs, and torch sees none here"}
+    from mpdeploy.train.checkpoint import load_weights
+    from mpdeploy.train.loop import make_model
+
+    samples = dataset.take(slice(0, MAX_SAMPLES))
+    model = make_model(context.pipeline.train, "cuda")
+    load_weights(model, context.run.artifact("10-train", "model").path)
+    model.eval()
+    answers = []
+    for allowed in (False, True):
+        with _tf32(allowed), torch.inference_mode():
+            parts = [
+                model(*(torch.from_numpy(np.ascontiguousarray(array)).cuda() for array in feeds.values()))
+                for feeds in samples.batches(config.batch_size)
+            ]
+        answers.append([_named(part, context.pipeline.export.output_names) for part in parts])
+    return {"rel_l2": _drift(*answers)}
+
+
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Matrix products and cuDNN's convolutions in TF32, or really in FP32 (cuDNN's are in TF32 unless told otherwise)."""
+    import torch
+
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _named(answer: Any, names: Sequence[str]) -> dict[str, Array]:
+    from mpdeploy.export.to_onnx import named_outputs
+
+    return {name: value.float().cpu().numpy() for name, value in zip(names, named_outputs(answer, names), strict=True)}
 
 
 def _answers(runner: Runner, samples: Dataset, batch_size: int) -> list[dict[str, Array]]:

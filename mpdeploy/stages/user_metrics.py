@@ -1,22 +1,23 @@
-"""What a pipeline's functions say of the gate's samples: slices, clusters, corpus metrics; and torchmetrics by name."""
+"""What a pipeline's functions say of the gate's samples: slices, clusters, corpus metrics, words for a sample."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mpdeploy.artifact import Array, Dataset
 from mpdeploy.config import ValidationConfig
-from mpdeploy.errors import ConfigError, DataError, UnavailableError, closest_names
-from mpdeploy.gates.evidence import SLICE
+from mpdeploy.errors import DataError
+from mpdeploy.gates.changes import most_changed
+from mpdeploy.gates.evidence import SLICE, Place
 from mpdeploy.measure.corpus import CorpusMetric
+from mpdeploy.stages.torch_metrics import TorchMetric
 from mpdeploy.user_code import user_call
 
-TORCHMETRICS = "torchmetrics:"
+MAX_TEXT = 600
+"""Characters of a sample's text that are kept."""
 MAX_VALUES = 50
 """A slicing by more values than this is a mistake: slices of a handful of samples decide nothing."""
 
@@ -67,6 +68,31 @@ def _slices_of(name: str, values: Array) -> dict[str, Array]:
     return {f"{SLICE}{name}={str(value).replace('/', '_')}": values == value for value in distinct}
 
 
+def sample_texts(config: ValidationConfig, dataset: Dataset, places: Sequence[Place]) -> dict[str, str]:
+    """Sample id -> what it says, of the samples that changed most at each place; empty where the pipeline does not say.
+
+    Raises:
+        DataError: `describe_samples` returned something that has not one text a sample.
+        UserCodeError: it raised.
+    """
+    if config.describe_samples is None:
+        return {}
+    chosen: dict[int, None] = {}
+    for place in places:
+        if place.status == "measured" and len(place.arrays.get("ids", ())) == len(dataset):
+            chosen |= dict.fromkeys(int(index) for index in most_changed(place))
+    if not chosen:
+        return {}
+    asked = dataset.take(np.array(sorted(chosen)))
+    found = user_call(config.describe_samples, asked)
+    if isinstance(found, str) or not hasattr(found, "__len__") or len(found) != len(asked):
+        raise DataError(
+            f"validation.describe_samples returned {type(found).__name__}, and it was asked for {len(asked)} samples.",
+            hint="return one text a sample, in the order of dataset.ids",
+        )
+    return {str(int(each)): str(text)[:MAX_TEXT] for each, text in zip(asked.ids, found, strict=True)}
+
+
 def corpus_metric_name(metric: Any) -> str:
     """What evidence and messages call it."""
     return metric if isinstance(metric, str) else str(getattr(metric, "__name__", type(metric).__name__))
@@ -79,55 +105,6 @@ def resolved_corpus_metric(metric: Any) -> CorpusMetric:
         ConfigError: a name that is none.
         UnavailableError: torchmetrics is not installed.
     """
-    if not isinstance(metric, str):
-        return lambda outputs, labels: user_call(metric, outputs, labels)
-    if not metric.startswith(TORCHMETRICS):
-        raise ConfigError(
-            f"validation.corpus_metric '{metric}' is no name that is known.",
-            hint=f"give a function of (outputs, labels), or {TORCHMETRICS}NAME, for example {TORCHMETRICS}MulticlassF1Score",
-        )
-    return _TorchMetric(metric.removeprefix(TORCHMETRICS))
-
-
-class _TorchMetric:
-    """One of torchmetrics' classes, fresh at every call; its sign is turned where lower is better."""
-
-    def __init__(self, name: str) -> None:
-        try:
-            self._module: Any = importlib.import_module("torchmetrics")
-            kinds: Any = importlib.import_module("torchmetrics.classification")
-        except ImportError as error:
-            raise UnavailableError(
-                f"The metric '{TORCHMETRICS}{name}' needs torchmetrics, which is not installed.",
-                hint="pip install torchmetrics, or give a function of (outputs, labels)",
-            ) from error
-        self._class: Any = getattr(kinds, name, None) or getattr(self._module, name, None)
-        if not inspect.isclass(self._class):
-            known = sorted({*getattr(kinds, "__all__", ()), *getattr(self._module, "__all__", ())})
-            raise ConfigError(
-                f"torchmetrics has no metric '{name}'.", hint=f"closest names: {closest_names(name, known)}"
-            )
-        self._name = name
-
-    def __call__(self, outputs: Mapping[str, Array], labels: Array | None) -> float:
-        import torch
-
-        if labels is None:
-            raise DataError(f"The metric '{TORCHMETRICS}{self._name}' needs labels, and this data has none.")
-        output = next(iter(outputs.values()))
-        metric = self._made(output)
-        value = float(metric(torch.from_numpy(np.array(output)), torch.from_numpy(np.array(labels))))
-        return -value if getattr(metric, "higher_is_better", True) is False else value
-
-    def _made(self, output: Array) -> Any:
-        accepted = inspect.signature(self._class.__new__ if "__new__" in vars(self._class) else self._class).parameters
-        offered: dict[str, Any] = {"task": "multiclass"}
-        if output.ndim >= 2:
-            offered["num_classes"] = output.shape[1]
-        try:
-            return self._class(**{name: value for name, value in offered.items() if name in accepted})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"torchmetrics' {self._name} cannot be made for an output of shape {list(output.shape)}: {error}.",
-                hint="give a function of (outputs, labels) that makes it",
-            ) from error
+    if isinstance(metric, str):
+        return TorchMetric(metric)
+    return lambda outputs, labels: user_call(metric, outputs, labels)

@@ -5,7 +5,9 @@ Deciding is not done here: `mpdeploy.gates` decides from the evidence, now and w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +16,17 @@ from mpdeploy.artifact import Array, Dataset, Engine, FileArtifact, Golden, Onnx
 from mpdeploy.engines import backend
 from mpdeploy.environment import fingerprint, hardware_key, package_versions
 from mpdeploy.errors import StageFailedError
-from mpdeploy.gates.evidence import HARNESS_VERSION, INDEX, Evidence, Place, arrays_of_drift
+from mpdeploy.files import write_json
+from mpdeploy.gates.evidence import HARNESS_VERSION, INDEX, SAMPLES, Evidence, Place, arrays_of_drift
 from mpdeploy.measure import accuracy
-from mpdeploy.measure.corpus import CorpusDraws, corpus_draws
+from mpdeploy.measure.corpus import CorpusDraws, corpus_draws, corpus_worth
 from mpdeploy.measure.drift import DriftMeter
 from mpdeploy.pipeline import Context, Outcome
 from mpdeploy.run_dir import StageRecord
-from mpdeploy.stages.noise import batch_sweep, engine_noise, seed_noise
-from mpdeploy.stages.user_metrics import corpus_metric_name, resolved_corpus_metric, sample_groups
+from mpdeploy.stages.command import command_of
+from mpdeploy.stages.noise import batch_sweep, engine_noise, seed_noise, tf32_noise
+from mpdeploy.stages.parity import seeds_place
+from mpdeploy.stages.user_metrics import corpus_metric_name, resolved_corpus_metric, sample_groups, sample_texts
 
 NAME = "50-validate"
 
@@ -57,6 +62,7 @@ class ValidateStage:
         steps = 4 + len(self._engines)
         context.progress(0, steps, "parity of AMP and FP32")
         places += measuring.parity()
+        places += seeds_place(context)
         context.progress(1, steps, "the FP32 ONNX model")
         places.append(measuring.onnx())
         for precision in measuring.half_precisions():
@@ -68,7 +74,9 @@ class ValidateStage:
             if place is not None:
                 places.append(place)
         _check_siblings(places)
-        noise = seed_noise(context, measuring.dataset, measuring.scored_by)
+        seeds = seed_noise(context, measuring.dataset, measuring.scored_by)
+        tf32 = tf32_noise(context, measuring.dataset, context.pipeline.validation)
+        places = [_with_floors(place, tf32, seeds) for place in places]
         evidence = Evidence(
             places={place.at: place for place in places},
             digests={"dataset": measuring.golden.dataset.digest, "golden": measuring.golden_file.sha256},
@@ -76,8 +84,14 @@ class ValidateStage:
         )
         folder = context.run.folder("evidence")
         evidence.save(folder)
+        artifacts = {"evidence": FileArtifact.of(folder / INDEX)}
+        texts = sample_texts(context.pipeline.validation, measuring.dataset, places)
+        if texts:
+            write_json(folder / SAMPLES, {"texts": texts})
+            artifacts["samples"] = FileArtifact.of(folder / SAMPLES)
         report = {
             "places": {place.at: _summary(place) for place in places},
+            "command": command_of(sys.argv),
             "num_samples": len(measuring.golden.dataset),
             "metric": accuracy.metric_name(context.pipeline.validation.metric),
             "noise_floors": {
@@ -85,9 +99,10 @@ class ValidateStage:
                 for place in places
                 if (found := {key: value for key, value in place.facts.items() if key.startswith("noise_")})
             }
-            | ({"seeds": noise} if noise else {}),
+            | ({"seeds": seeds} if seeds else {})
+            | ({"tf32": tf32} if tf32 else {}),
         }
-        return Outcome({"evidence": FileArtifact.of(folder / INDEX)}, report)
+        return Outcome(artifacts, report)
 
 
 class _Measuring:
@@ -99,10 +114,12 @@ class _Measuring:
         self.dataset: Dataset = self.golden.dataset
         self.golden_scores = self._scores(self.golden.outputs)
         self.golden_predictions = accuracy.predictions(self.config.metric, self.golden.outputs)
+        self.golden_margins = accuracy.margins(self.config.metric, self.golden.outputs)
         self.groups = sample_groups(self.config, self.dataset)
         corpus_metric = self.config.corpus_metric
         self.corpus_metric = None if corpus_metric is None else resolved_corpus_metric(corpus_metric)
         self.golden_corpus = self._corpus(self.golden.outputs)
+        self.corpus_worth = self._corpus_worth()
 
     def _corpus(self, outputs: Mapping[str, Array]) -> CorpusDraws | None:
         if self.corpus_metric is None:
@@ -112,15 +129,30 @@ class _Measuring:
             num_resamples=self.config.corpus_resamples,
         )  # fmt: skip
 
+    def _corpus_worth(self) -> dict[str, Any]:
+        """What one changed sample is worth to the corpus metric, as facts."""
+        if self.corpus_metric is None:
+            return {}
+        found = corpus_worth(
+            self.corpus_metric, self.golden.outputs, self.dataset.labels, clusters=self.groups.get("clusters")
+        )
+        return {
+            "corpus_worth_largest": found.largest, "corpus_worth_typical": found.typical,
+            "corpus_is_smooth": found.is_smooth,
+        }  # fmt: skip
+
     def _corpus_facts(self, outputs: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Any]]:
         """The corpus metric here and of the golden answers: (arrays, facts)."""
         here, golden = self._corpus(outputs), self.golden_corpus
         if here is None or golden is None:
             return {}, {}
-        arrays = {"corpus_draws": here.draws, "baseline_corpus_draws": golden.draws}
+        arrays = {
+            "corpus_draws": here.draws, "baseline_corpus_draws": golden.draws,
+            "corpus_left_out": here.left_out, "baseline_corpus_left_out": golden.left_out,
+        }  # fmt: skip
         facts = {
             "corpus_value": here.value, "baseline_corpus_value": golden.value, "corpus_num_units": here.num_units,
-            "corpus_num_samples": len(self.dataset),
+            "corpus_num_samples": len(self.dataset), **self.corpus_worth,
         }  # fmt: skip
         return arrays, facts
 
@@ -152,6 +184,9 @@ class _Measuring:
         predicted = accuracy.predictions(self.config.metric, outputs)
         if predicted is not None and self.golden_predictions is not None:
             arrays |= {"predictions": predicted, "baseline_predictions": self.golden_predictions}
+        here = accuracy.margins(self.config.metric, outputs)
+        if here is not None and self.golden_margins is not None:
+            arrays |= {"margins": here, "baseline_margins": self.golden_margins}
         return arrays
 
     def _against_golden(self, runner: Runner) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -162,6 +197,12 @@ class _Measuring:
         for feeds in self.dataset.batches(size):
             found = {name: np.asarray(value) for name, value in runner.infer(feeds).items()}
             expected = {name: value[start : start + size] for name, value in self.golden.outputs.items()}
+            if lacking := sorted(expected.keys() - found.keys()):
+                raise StageFailedError(
+                    f"The answers lack the output{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}; found: "
+                    f"{', '.join(found) or 'none'}.",
+                    hint="the engine was built from another model, or lost an output: build it again with --from 40-build",
+                )
             meter.add(expected, {name: found[name] for name in expected})
             for name in expected:
                 parts.setdefault(name, []).append(found[name])
@@ -192,6 +233,9 @@ class _Measuring:
             predicted = accuracy.predictions(self.config.metric, reference)
             if predicted is not None:
                 arrays["baseline_predictions"] = predicted
+            margins = accuracy.margins(self.config.metric, reference)
+            if margins is not None:
+                arrays["baseline_margins"] = margins
             baseline = "fp32-reference"
         else:  # nothing to compare scores with: only the facts are evidence
             arrays = {"ids": self.dataset.ids, "scores": self.golden_scores}
@@ -311,6 +355,14 @@ def _check_siblings(places: Sequence[Place]) -> None:
                 f"`{place.at}` was measured without {', '.join(lacking[:4])}, which its siblings have: a metric was lost.",
                 hint="look at the engine's outputs and at what the metric function returns for them",
             )
+
+
+def _with_floors(place: Place, tf32: Mapping[str, Any], seeds: Mapping[str, Any]) -> Place:
+    """The place with the noise floors of the whole run among its facts: a limit may be a multiple of them."""
+    if place.status != "measured" or place.baseline != "golden" or place.at.startswith("parity"):
+        return place
+    found = {"noise_tf32_rel_l2": tf32.get("rel_l2"), "noise_seeds_score": seeds.get("spread")}
+    return replace(place, facts={**place.facts, **{name: value for name, value in found.items() if value is not None}})
 
 
 def _summary(place: Place) -> dict[str, Any]:

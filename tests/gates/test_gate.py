@@ -147,6 +147,33 @@ def test_a_place_without_the_metric_has_no_verdict_while_another_has_it(place, e
     assert [verdict.at for verdict in decide([DRIFT], evidence(parity, place()))] == ["engine/openvino"]
 
 
+@pytest.mark.parametrize(
+    ("gate", "drop"),
+    [
+        (ACCURACY, ("scores", "baseline_scores")),
+        (FLIPS, ("predictions", "baseline_predictions")),
+        (DRIFT, DRIFT_ARRAYS),
+        (FINITE, DRIFT_ARRAYS),
+    ],
+)
+def test_the_only_engine_cannot_pass_by_losing_what_the_onnx_model_has(place, evidence, gate, drop):
+    """There is no other engine beside it: the ONNX model was measured on the same samples, and has the metric."""
+    verdicts = decide([gate], evidence(place("onnx"), place("engine/openvino", drop=drop)))
+    assert {verdict.at: verdict.verdict for verdict in verdicts} == {"onnx": "pass", "engine/openvino": "fail"}
+    assert "was not measured there, while onnx has it" in verdicts[1].message
+
+
+def test_an_engine_that_lost_its_latency_or_a_fact_beside_another_engine_fails(place, evidence):
+    silent = place("engine/openvino", drop=("latency_a_ms", "latency_b_ms"), facts={"size_bytes": 1})
+    run = evidence(place("onnx", drop=("latency_a_ms", "latency_b_ms"), facts={}), place("engine/tensorrt"), silent)
+    audit = Gate(id="audit", metric="kept_in_half", limit=0)
+    for gate in (LATENCY, audit):
+        assert {each.at: each.verdict for each in decide([gate], run)} == {
+            "engine/tensorrt": "pass",
+            "engine/openvino": "fail",
+        }
+
+
 def test_a_gate_that_finds_its_metric_nowhere_fails(place, evidence):
     verdict = _one(DRIFT, evidence(place(drop=DRIFT_ARRAYS)))
     assert (verdict.verdict, verdict.measured) == ("fail", None)

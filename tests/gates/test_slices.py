@@ -60,6 +60,12 @@ def test_a_slice_that_does_not_exist_is_never_a_pass(sliced, evidence):
     assert "day, night" in verdict.message
 
 
+def test_an_engine_that_lost_the_slice_which_the_onnx_model_has_fails(sliced, place, evidence):
+    verdicts = decide([NIGHT], evidence(sliced("onnx"), place("engine/openvino")))
+    assert [(each.at, each.verdict) for each in verdicts] == [("onnx", "fail"), ("engine/openvino", "fail")]
+    assert "slice `night`: was not measured there, while onnx has it" in verdicts[1].message
+
+
 def test_an_empty_slice_is_never_a_pass(sliced, evidence):
     found = sliced()
     empty = type(found)(**{**found.__dict__, "arrays": {**found.arrays, "slice/night": np.zeros(1000, bool)}})
@@ -104,8 +110,15 @@ def _corpus(place, drop, *, spread=0.01, n=1000, **facts):
     base = 0.9 + 0.02 * rng.normal(size=1000)
     draws = base - drop - spread * rng.normal(size=1000)
     found = place()
-    arrays = {**found.arrays, "baseline_corpus_draws": base, "corpus_draws": draws}
-    values = {"baseline_corpus_value": 0.9, "corpus_value": 0.9 - drop, "corpus_num_units": n, "corpus_num_samples": n}
+    left_out = 0.9 + 0.001 * rng.normal(size=100)
+    arrays = {
+        **found.arrays, "baseline_corpus_draws": base, "corpus_draws": draws,
+        "baseline_corpus_left_out": left_out, "corpus_left_out": left_out - drop,
+    }  # fmt: skip
+    values = {
+        "baseline_corpus_value": 0.9, "corpus_value": 0.9 - drop, "corpus_num_units": n, "corpus_num_samples": n,
+        "corpus_worth_largest": 0.002, "corpus_worth_typical": 0.001, "corpus_is_smooth": False,
+    }  # fmt: skip
     return type(found)(
         **{**found.__dict__, "arrays": arrays, "facts": {**found.facts, **values, **facts},
            "notes": {**found.notes, "corpus_metric": "macro_f1"}}
@@ -127,9 +140,19 @@ def test_a_corpus_metric_that_was_lost_is_never_a_pass(place, evidence, facts):
     assert decide([gate], evidence(_corpus(place, 0.0, **facts)))[0].verdict == "fail"
 
 
-def test_resamples_that_are_missing_on_one_side_are_never_a_pass(place, evidence):
+def test_a_worth_that_was_not_measured_is_never_a_pass(place, evidence):
     found = _corpus(place, 0.0)
-    arrays = {name: array for name, array in found.arrays.items() if name != "baseline_corpus_draws"}
+    facts = {name: value for name, value in found.facts.items() if name != "corpus_worth_largest"}
+    verdict = decide(
+        [Gate(id="f1", metric="corpus_drop", limit=0.05)], evidence(type(found)(**{**found.__dict__, "facts": facts}))
+    )[0]
+    assert (verdict.verdict, "not whole" in verdict.message) == ("fail", True)
+
+
+@pytest.mark.parametrize("missing", ["baseline_corpus_draws", "corpus_draws", "corpus_left_out"])
+def test_resamples_that_are_missing_on_one_side_are_never_a_pass(place, evidence, missing):
+    found = _corpus(place, 0.0)
+    arrays = {name: array for name, array in found.arrays.items() if name != missing}
     verdict = decide(
         [Gate(id="f1", metric="corpus_drop", limit=0.05)], evidence(type(found)(**{**found.__dict__, "arrays": arrays}))
     )[0]

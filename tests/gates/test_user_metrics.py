@@ -1,14 +1,16 @@
 """Slices, clusters and corpus metrics from a pipeline's functions; torchmetrics by name; places that lost a metric."""
 
+import re
 import sys
-import types
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from mpdeploy.artifact import Dataset
 from mpdeploy.config import ValidationConfig
 from mpdeploy.errors import ConfigError, DataError, StageFailedError, UnavailableError
+from mpdeploy.measure import accuracy
 from mpdeploy.stages.user_metrics import resolved_corpus_metric, sample_groups
 from mpdeploy.stages.validate import _check_siblings
 
@@ -54,66 +56,144 @@ def test_a_slicing_by_too_many_values_is_refused():
 # -- torchmetrics ------------------------------------------------------------------------------------------------------
 
 
-class MulticlassAccuracy:
-    higher_is_better = True
-
-    def __init__(self, num_classes):
-        self.num_classes = num_classes
-
-    def __call__(self, output, labels):
-        return (output.argmax(1) == labels).float().mean()
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(200, 4)).astype(np.float32)
+CLASSES = np.where(RNG.random(200) < 0.7, LOGITS.argmax(1), RNG.integers(0, 4, 200))
+VALUES = RNG.normal(size=(200, 1)).astype(np.float32)
+TRUTH = (VALUES[:, 0] + 0.1 * RNG.normal(size=200)).astype(np.float32)
 
 
-class HammingDistance:
-    higher_is_better = False
-
-    def __init__(self, task, num_classes):
-        assert task == "multiclass"
-
-    def __call__(self, output, labels):
-        return (output.argmax(1) != labels).float().mean()
+def _sklearn(name):
+    return getattr(pytest.importorskip("sklearn.metrics"), name)
 
 
-class NeedsMore:
-    def __init__(self, secret):
-        raise AssertionError
+def _softmax(logits):
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    return shares / shares.sum(1, keepdims=True)
 
 
-@pytest.fixture
-def torchmetrics(monkeypatch):
-    module, kinds = types.ModuleType("torchmetrics"), types.ModuleType("torchmetrics.classification")
-    module.HammingDistance, kinds.MulticlassAccuracy, kinds.NeedsMore = HammingDistance, MulticlassAccuracy, NeedsMore
-    kinds.__all__ = ["MulticlassAccuracy"]
-    monkeypatch.setitem(sys.modules, "torchmetrics", module)
-    monkeypatch.setitem(sys.modules, "torchmetrics.classification", kinds)
+def _average_precision(logits, labels):
+    score = _sklearn("average_precision_score")
+    return np.mean([score(labels == each, _softmax(logits)[:, each]) for each in range(4)])
 
 
-def test_a_torchmetrics_class_is_made_for_the_output_and_its_sign_turned(torchmetrics):
-    outputs, labels = {"y": np.eye(4, dtype=np.float32)}, np.array([0, 1, 2, 0])
-    assert resolved_corpus_metric("torchmetrics:MulticlassAccuracy")(outputs, labels) == 0.75
-    assert resolved_corpus_metric("torchmetrics:HammingDistance")(outputs, labels) == -0.25
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MulticlassAccuracy(average='micro')", lambda x, y: (x.argmax(1) == y).mean()),
+        ("MulticlassF1Score", lambda x, y: _sklearn("f1_score")(y, x.argmax(1), average="macro")),
+        ("F1Score(average='macro')", lambda x, y: _sklearn("f1_score")(y, x.argmax(1), average="macro")),
+        ("F1Score(average='weighted')", lambda x, y: _sklearn("f1_score")(y, x.argmax(1), average="weighted")),
+        ("MulticlassAveragePrecision", _average_precision),
+        ("MulticlassAUROC", lambda x, y: _sklearn("roc_auc_score")(y, _softmax(x), multi_class="ovr")),
+        ("MatthewsCorrCoef", lambda x, y: _sklearn("matthews_corrcoef")(y, x.argmax(1))),
+        ("HammingDistance(average='micro')", lambda x, y: -(x.argmax(1) != y).mean()),  # lower is better: negated
+    ],
+)
+def test_metrics_of_classes_are_what_scikit_learn_says(text, expected):
+    found = resolved_corpus_metric(f"torchmetrics:{text}")({"y": LOGITS}, CLASSES)
+    assert found == pytest.approx(expected(LOGITS, CLASSES), abs=1e-6)
 
 
-def test_a_name_that_torchmetrics_lacks_is_refused_with_the_closest(torchmetrics):
-    with pytest.raises(ConfigError, match="no metric 'MulticlassAcuracy'") as caught:
-        resolved_corpus_metric("torchmetrics:MulticlassAcuracy")
-    assert "MulticlassAccuracy" in str(caught.value)
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("MeanSquaredError", -np.mean((VALUES[:, 0] - TRUTH) ** 2)),
+        ("MeanSquaredError(squared=False)", -np.sqrt(np.mean((VALUES[:, 0] - TRUTH) ** 2))),
+        ("R2Score", 1 - np.sum((VALUES[:, 0] - TRUTH) ** 2) / np.sum((TRUTH - TRUTH.mean()) ** 2)),
+        ("PearsonCorrCoef", np.corrcoef(VALUES[:, 0], TRUTH)[0, 1]),
+    ],
+)
+def test_metrics_of_numbers_have_their_sign_turned_where_lower_is_better(text, expected):
+    """The output is [n, 1] and the labels are [n], as regressors and their data are."""
+    found = resolved_corpus_metric(f"torchmetrics:{text}")({"y": VALUES}, TRUTH)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_class_that_wants_more_is_refused_with_what_to_do(torchmetrics):
-    with pytest.raises(ConfigError, match="cannot be made"):
-        resolved_corpus_metric("torchmetrics:NeedsMore")({"y": np.eye(4)}, np.arange(4))
+def test_a_binary_metric_and_one_of_several_labels_are_made_for_their_outputs():
+    shares, truth = RNG.random(50), RNG.integers(0, 2, 50)
+    found = resolved_corpus_metric("torchmetrics:Accuracy")({"y": shares}, truth)
+    assert found == pytest.approx(np.mean((shares > 0.5) == truth))
+    shares, truth = RNG.random((50, 3)), RNG.integers(0, 2, (50, 3))
+    found = resolved_corpus_metric("torchmetrics:MultilabelAccuracy")({"y": shares}, truth)
+    assert found == pytest.approx(np.mean((shares > 0.5) == truth))
+
+
+def test_a_metric_is_fresh_at_every_call():
+    metric = resolved_corpus_metric("torchmetrics:MulticlassAccuracy(average='micro')")
+    outputs = {"y": np.eye(4, dtype=np.float32)}
+    assert [metric(outputs, np.arange(4)), metric(outputs, np.array([1, 2, 3, 0])), metric(outputs, np.arange(4))] == [
+        1.0, 0.0, 1.0,
+    ]  # fmt: skip
+
+
+def test_a_resample_that_lacks_a_class_is_no_fault():
+    """Warnings are errors in these tests: torchmetrics' own about the class would be one."""
+    metric = resolved_corpus_metric("torchmetrics:MulticlassAveragePrecision")
+    assert 0.0 < metric({"y": LOGITS[:20]}, np.zeros(20, dtype=np.int64)) <= 1.0
+
+
+def test_corpus_draws_are_taken_of_a_torchmetrics_class():
+    from mpdeploy.measure.corpus import corpus_bounds, corpus_draws, corpus_worth
+
+    metric = resolved_corpus_metric("torchmetrics:MulticlassF1Score")
+    worse = LOGITS.copy()
+    worse[:40] = -worse[:40]
+    sides = [corpus_draws(metric, {"y": each}, CLASSES, num_resamples=200) for each in (LOGITS, worse)]
+    found = corpus_bounds(*sides, corpus_worth(metric, {"y": LOGITS}, CLASSES))
+    assert 0.05 < found.bounds[0] < found.drop < found.bounds[1] < 0.3
+    assert corpus_worth(resolved_corpus_metric("torchmetrics:R2Score"), {"y": VALUES}, TRUTH).is_smooth
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("MulticlassAcuracy", "no metric 'MulticlassAcuracy'.*closest names: MulticlassAccuracy"),
+        ("MulticlassF1Score(beta=2)", "cannot be made with .*beta=2.*its arguments: "),
+        ("MulticlassF1Score(average='none')", "more than one number"),
+        ("MeanAveragePrecision", "lists of boxes.*a function of"),
+        ("MeanMetricc", "no metric"),
+    ],
+)
+def test_what_torchmetrics_cannot_do_is_refused_with_what_to_do(text, says):
+    with pytest.raises(ConfigError) as caught:
+        resolved_corpus_metric(f"torchmetrics:{text}")({"y": LOGITS}, CLASSES)
+    assert re.search(says, str(caught.value).replace("\n", " ")), str(caught.value)
+
+
+def test_labels_that_do_not_fit_are_refused_with_both_shapes():
+    metric = resolved_corpus_metric("torchmetrics:MulticlassF1Score")
+    with pytest.raises(DataError, match=r"the output float32\[200, 4\] and the labels int64\[7\]"):
+        metric({"y": LOGITS}, np.zeros(7, dtype=np.int64))
+    with pytest.raises(DataError, match="needs labels"):
+        metric({"y": LOGITS}, None)
 
 
 def test_without_torchmetrics_the_name_is_unavailable(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    monkeypatch.setitem(sys.modules, "torchmetrics.classification", None)
     with pytest.raises(UnavailableError, match="torchmetrics, which is not installed"):
         resolved_corpus_metric("torchmetrics:MulticlassF1Score")
 
 
-def test_a_name_of_no_known_kind_is_refused():
-    with pytest.raises(ConfigError, match="no name that is known"):
-        resolved_corpus_metric("f1")
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("f1", "write it as torchmetrics:NAME"),
+        ("torchmetrics:F1Score('macro')", "each argument with its name"),
+        ("torchmetrics:F1Score(average=macro)", "'average' is no plain value"),
+        ("torchmetrics:F1Score(", "does not parse"),
+        ("torchmetrics:__import__('os').system('x')", "each argument with its name"),
+    ],
+)
+def test_a_text_that_is_no_metric_is_refused_where_it_is_declared(text, says):
+    with pytest.raises(ValidationError, match=says):
+        ValidationConfig(corpus_metric=text)
+
+
+def test_a_corpus_metric_named_as_the_metric_is_told_where_it_belongs():
+    with pytest.raises(ConfigError, match="one number over all samples") as caught:
+        accuracy.resolve("torchmetrics:F1Score")
+    assert "corpus_metric" in str(caught.value)
 
 
 # -- places that lost a metric -----------------------------------------------------------------------------------------

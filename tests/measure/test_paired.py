@@ -100,3 +100,13 @@ def test_a_continuous_candidate_at_exactly_the_margin_passes_in_at_most_five_per
 def test_arrays_of_other_lengths_are_refused():
     with pytest.raises(DataError, match="one length"):
         compare_paired(np.ones(3), np.ones(4), margin=0.1)
+
+
+def test_clusters_of_one_sample_each_are_no_clusters():
+    """Also in time: nothing is then resampled."""
+    rng = np.random.default_rng(0)
+    baseline = rng.random(2000)
+    candidate = baseline - rng.normal(0.001, 0.05, 2000)
+    alone = compare_paired(baseline, candidate, margin=0.01, clusters=np.arange(2000))
+    assert alone == compare_paired(baseline, candidate, margin=0.01)
+    assert alone.method == "bca"

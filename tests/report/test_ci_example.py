@@ -123,3 +123,11 @@ def test_the_workflow_uses_the_action_with_inputs_that_it_has():
     (use,) = [step for step in steps if step.get("uses", "").endswith("mpdeploy-gate")]
     assert set(use["with"]) <= set(action["inputs"])
     assert workflow["jobs"]["gate"]["needs"] == "measure"
+
+
+def test_the_gates_of_the_readme_are_gates():
+    (block,) = re.findall(r"```python\n(.*?)```", (EXAMPLE / "README.md").read_text(), re.DOTALL)
+    made = {}
+    exec(block, made)
+    assert {gate.id for gate in made["gates"]} >= {"accuracy", "mlperf-99", "f1", "each-class", "noise"}
+    assert made["validation"].noise_floor_seeds == 3

@@ -70,7 +70,11 @@ def _run(folder, name, *, score, drift, updated, pipeline="digits"):
     run.put(StageRecord("50-validate", "done", {}, report={"places": places}))
     run.manifest |= {"pipeline": pipeline, "chosen_engine": "openvino", "updated": updated}
     (folder / name / "run.json").write_text(json.dumps(run.manifest))
-    (folder / name / "gate.json").write_text(json.dumps({"verdict": "pass"}))
+    gate = {"id": "drift", "verdict": "fail", "advisory": False}
+    failed = drift == "inf"
+    (folder / name / "gate.json").write_text(
+        json.dumps({"verdict": "fail" if failed else "pass", "verdicts": [gate] if failed else []})
+    )
 
 
 def test_runs_are_listed_oldest_first_with_trends_by_pipeline(tmp_path):
@@ -105,4 +109,7 @@ def test_the_command_prints_one_document(tmp_path):
     printed = json.loads(subprocess.run([*command, "--json"], check=True, capture_output=True, text=True).stdout)
     assert printed["trends"]["digits"]["worst_rel_l2"] == ["inf", 1e-3]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "█▁  score: 0.9 -> 0.8" in text
+    assert "█▁  score: 0.9 -> 0.8  (-11.1 % since the run before)" in text
+    assert "✕✓  verdicts" in text
+    first = next(line for line in text.splitlines() if line.split()[:1] == ["a"])
+    assert first.split() == ["a", "2026-02-01", "fail", "0.9", "inf", "2", "openvino", "drift"]

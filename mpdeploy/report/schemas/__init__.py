@@ -75,6 +75,10 @@ _GATE = {
         "at": {"type": "string", "description": "a glob over places"},
         "precision": {"enum": ["fp32", "fp16", "bf16", None]},
         "slice": {**_TEXT_OR_NULL, "description": "a glob over slices; null: all samples"},
+        "times_noise": {
+            "anyOf": [{"type": "number"}, {"type": "null"}],
+            "description": "the limit is at least so many times the noise floor measured for it",
+        },
         "advisory": {"type": "boolean"},
     },
     "required": ["id", "metric", "limit"],
