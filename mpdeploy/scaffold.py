@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from mpdeploy.config import DataConfig, Pipeline, TrainConfig
-from mpdeploy.train.splits import Splits, load_digits
+from mpdeploy.train.data import load_digits
+from mpdeploy.train.splits import Splits
 
 
 class Network(nn.Module):

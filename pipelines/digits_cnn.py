@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpdeploy.config import DataConfig, Pipeline, TrainConfig
-from mpdeploy.train.splits import load_digits
+from mpdeploy.train.data import load_digits
 
 
 class DigitsCnn(nn.Module):

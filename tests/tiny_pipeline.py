@@ -10,7 +10,8 @@ from pathlib import Path
 TINY = '''"""A tiny classifier of digits."""
 
 from mpdeploy.config import BuildConfig, DataConfig, ExportConfig, Gate, Pipeline, TrainConfig, ValidationConfig
-from mpdeploy.train.splits import Splits, load_digits
+from mpdeploy.train.data import load_digits
+from mpdeploy.train.splits import Splits
 
 WIDTH = 8
 

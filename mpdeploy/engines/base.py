@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mpdeploy.artifact import Engine, OnnxModel, Runner, TensorSpec
+from mpdeploy.engines.options import OptionRow
 from mpdeploy.errors import DataError
 
 Shape = tuple[int, ...]
 AuditSource = Literal["network", "inspector", "runtime_model"]
+LOWEST_FIRST = ("fp4", "fp8", "fp16", "bf16", "mixed", "unknown", "tf32", "fp32", "fp64")
+"""Float precisions of layers; `mixed` and `unknown` stand below FP32: they may hide a half layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +32,24 @@ class ShapeRange:
     smallest: Shape
     best: Shape
     largest: Shape
+    parts: tuple[ShapeRange, ...] = ()
+    """The ranges it was joined from: TensorRT builds one optimisation profile for each, other engines look at the whole."""
 
     def to_json(self) -> list[list[int]]:
         """Three lists."""
         return [list(self.smallest), list(self.best), list(self.largest)]
+
+    @classmethod
+    def joined(cls, parts: Sequence[ShapeRange]) -> ShapeRange:
+        """One range over several; its best shape is that of the first."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            tuple(min(axes) for axes in zip(*(part.smallest for part in parts), strict=True)),
+            parts[0].best,
+            tuple(max(axes) for axes in zip(*(part.largest for part in parts), strict=True)),
+            tuple(parts),
+        )
 
 
 Profile = Mapping[str, ShapeRange]
@@ -48,6 +65,15 @@ class Layer:
     precision: str
     nodes: tuple[str, ...] = ()
     """Names of the ONNX nodes it came from, where the engine tells."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON, for a sidecar."""
+        return {"name": self.name, "op": self.op, "precision": self.precision, "nodes": list(self.nodes)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Layer:
+        """Read what `to_json` wrote."""
+        return cls(value["name"], value["op"], value["precision"], tuple(value["nodes"]))
 
 
 @dataclass(frozen=True)
@@ -75,14 +101,34 @@ class Audit:
         return counts
 
     def of_nodes(self) -> dict[str, str]:
-        """ONNX node name -> precision of the layer it became part of."""
-        return {node: layer.precision for layer in self.layers for node in layer.nodes}
+        """ONNX node name -> precision of the layer it became part of; of several, the lowest float precision."""
+
+        def rank(precision: str) -> int:
+            return LOWEST_FIRST.index(precision) if precision in LOWEST_FIRST else len(LOWEST_FIRST)
+
+        found: dict[str, str] = {}
+        for layer in self.layers:
+            for node in layer.nodes:
+                if node not in found or rank(layer.precision) < rank(found[node]):
+                    found[node] = layer.precision
+        return found
 
 
 class EngineBackend(Protocol):
     """A row of the engine table."""
 
     name: str
+
+    def option_rows(self) -> tuple[OptionRow, ...]:
+        """What `build` can be told."""
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that `build` would refuse, without the library.
+
+        Raises:
+            ConfigError: an unknown option (with the closest ones), a value that does not fit, or one that this engine lacks.
+            UnavailableError: an option that this machine cannot build with.
+        """
 
     def available(self) -> Unavailable | None:
         """None where it can build here, else why not. Must not crash the process, whatever is installed."""
@@ -96,6 +142,12 @@ class EngineBackend(Protocol):
     def build(self, model: OnnxModel, profile: Profile, options: Mapping[str, Any], folder: Path) -> Engine:
         """Build `model` into `folder` (which exists) and describe what was written.
 
+        Args:
+            model: in the precision that it is to run in.
+            profile: the shapes that its inputs may have.
+            options: rows of `option_rows`, with values or their texts.
+            folder: for `engine.*`.
+
         Raises:
             BuildError: with the library's own errors in the message.
         """
@@ -108,7 +160,10 @@ class EngineBackend(Protocol):
 
 
 def default_profile(
-    inputs: tuple[TensorSpec, ...], batches: tuple[int, int, int], sample: Mapping[str, Shape]
+    inputs: tuple[TensorSpec, ...],
+    batches: tuple[int, int, int],
+    sample: Mapping[str, Shape],
+    shortest: Mapping[str, int] | None = None,
 ) -> Profile:
     """A profile from batch sizes for a symbolic first axis; other symbolic axes take their length from `sample`.
 
@@ -116,6 +171,7 @@ def default_profile(
         inputs: the model's inputs.
         batches: smallest, best and largest batch.
         sample: input name -> the shape of one feed (its first axis is not looked at where it is symbolic).
+        shortest: name of a symbolic axis -> the smallest length it must take; others have the sample's length throughout.
 
     Raises:
         DataError: a symbolic axis has no length in `sample`; the message says which profile to give.
@@ -134,7 +190,8 @@ def default_profile(
                 elif position == 0:
                     shape.append(batch)
                 elif seen is not None and len(seen) == len(spec.shape):
-                    shape.append(seen[position])
+                    floor = (shortest or {}).get(str(axis))
+                    shape.append(seen[position] if floor is None or shapes else min(floor, seen[position]))
                 else:
                     axes = "x".join(str(item) for item in spec.shape)
                     raise DataError(
@@ -142,5 +199,6 @@ def default_profile(
                         hint=f"give --data, or --profile {spec.name}=MIN,OPT,MAX with shapes like {axes}",
                     )
             shapes.append(tuple(shape))
-        profile[spec.name] = ShapeRange(*shapes)
+        smallest, best, largest = shapes
+        profile[spec.name] = ShapeRange(smallest, best, largest)
     return profile

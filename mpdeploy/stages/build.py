@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpdeploy.artifact import FileArtifact, OnnxModel
 from mpdeploy.engines import backend
-from mpdeploy.engines.base import Audit, default_profile
+from mpdeploy.engines.accounting import HALF, audit_report
 from mpdeploy.engines.isolation import BuildRequest, build_isolated
 from mpdeploy.environment import package_version
 from mpdeploy.errors import UnavailableError
 from mpdeploy.pipeline import Context, Outcome
+from mpdeploy.stages.common import profile_of
 
-HALF = ("fp16", "bf16")
+__all__ = ["BuildStage", "audit_report"]
 PACKAGES = (
     "mpdeploy", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt-cu13", "tensorrt-rtx-cu13-bindings",
 )  # fmt: skip
@@ -37,16 +37,23 @@ class BuildStage:
         found = record.artifacts.get(name) if record else None
         return precision, found if isinstance(found, OnnxModel) else None
 
+    def _options(self, context: Context) -> dict[str, Any]:
+        given = context.pipeline.build.options.get(self.engine, {})
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
     def key(self, context: Context) -> dict[str, Any]:
         """The model, the build's config and the library's version, or why it is not available."""
         missing = backend(self.engine).available()
         if missing is not None:
             return {"unavailable": missing.reason}
         precision, model = self._source(context)
+        exported = context.run.record("20-export")
         return {
             "precision": precision,
             "model": model.sha256 if model else None,
-            "profile": list(context.pipeline.build.profile),
+            "profile": [list(context.pipeline.build.profile), context.pipeline.build.shortest],
+            "golden": exported.artifacts["golden"].sha256 if exported and "golden" in exported.artifacts else None,
+            "options": self._options(context),
             "versions": {
                 name: found for name in PACKAGES if (found := package_version(name)) and _concerns(self.engine, name)
             },
@@ -60,15 +67,16 @@ class BuildStage:
             if self._asked_for:
                 raise UnavailableError(f"The engine '{self.engine}' was asked for: {missing.reason}", hint=missing.hint)
             return Outcome(status="unavailable", message=missing.reason, hint=missing.hint)
+        engine_backend.check_options(self._options(context))
         precision, _ = self._source(context)
         stage, name = ("20-export", "model") if precision == "fp32" else ("30-convert", precision)
         model = context.run.artifact(stage, name)
         assert isinstance(model, OnnxModel)
         folder = context.run.folder(self.name)
         context.progress(0, 0, f"building from the {precision} model")
-        profile = default_profile(model.inputs, context.pipeline.build.profile, {})
+        profile = profile_of(context, model)
         engine = build_isolated(
-            BuildRequest(self.engine, model, profile, {}, folder),
+            BuildRequest(self.engine, model, profile, self._options(context), folder),
             lambda phase, done, total: context.progress(done, total, phase),
         )
         audit = engine_backend.audit(engine)
@@ -103,37 +111,4 @@ def _makers_of_outputs(model: Path) -> dict[str, str]:
         for node_id, node in index.nodes.items()
         for value in node.outputs
         if value.is_graph_output()
-    }
-
-
-def audit_report(audit: Audit, plan: dict[str, Any], makers: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The audit against the plan: kept nodes that run in half (a fault), half nodes that run in FP32 (a finding).
-
-    An engine of the FP32 model has no plan: no node of it may be in half, and none should be.
-
-    Args:
-        audit: what the engine runs.
-        plan: what `plan.json` holds, or empty.
-        makers: graph output -> its node: OpenVINO names a layer that makes an output after the output, and not after the node.
-    """
-    found = audit.of_nodes()
-    found |= {node: found[output] for output, node in (makers or {}).items() if output in found}
-    counts = audit.count_by_precision()
-    if not plan:
-        in_half = [layer.name for layer in audit.layers if layer.precision in HALF]
-        return {
-            "source": audit.source,
-            "realised": audit.realised,
-            "layers": counts,
-            "kept_in_half": in_half,
-            "half_in_fp32": [],
-        }
-    kept = [entry["node"] for entry in plan["keep"]]
-    return {
-        "source": audit.source,
-        "realised": audit.realised,
-        "layers": counts,
-        "nodes": found,
-        "kept_in_half": [node for node in kept if found.get(node) in HALF],
-        "half_in_fp32": [node for node in plan["half"] if found.get(node) in ("fp32", "tf32")],
     }

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpdeploy.artifact import Golden, OnnxModel
 from mpdeploy.config import Pipeline
+from mpdeploy.engines.base import Profile, default_profile
 from mpdeploy.errors import ConfigError
 from mpdeploy.files import digest_of_json
+from mpdeploy.pipeline import Context
 from mpdeploy.user_code import user_call
 
 if TYPE_CHECKING:
@@ -27,6 +30,14 @@ def load_splits(pipeline: Pipeline) -> Splits:
     if not isinstance(found, Splits):
         raise ConfigError(f"data.load returned {type(found).__name__}, expected mpdeploy.train.splits.Splits.")
     return found
+
+
+def profile_of(context: Context, model: OnnxModel) -> Profile:
+    """The shapes an engine is built for: the configured batches, and other symbolic axes as long as the golden samples."""
+    samples = Golden.load(context.run.artifact("20-export", "golden").path).dataset.inputs
+    config = context.pipeline.build
+    shapes = {name: array.shape for name, array in samples.items()}
+    return default_profile(model.inputs, config.profile, shapes, config.shortest)
 
 
 def folder_digest(folder: str | None) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -75,3 +77,33 @@ def load_state(path: Path) -> dict[str, Any] | None:
     except Exception:  # torch and pickle raise a dozen types for a file that is no state, or was cut short
         return None
     return state if isinstance(state, dict) else None
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that a model, a loss or an augmentation may draw from: torch's, numpy's and Python's."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of these generators, as tensors and numbers."""
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
+        "numpy": (torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "python": (version, torch.tensor(words), gauss),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on drawing from where `random_state` was called."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])
+    keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))

@@ -84,34 +84,53 @@ def choose_precision(config: TrainConfig, device: str, run_step: Callable[[str],
         where = "train.cpu_precision" if device == "cpu" and config.cpu_precision is not None else "train.precision"
         return PrecisionChoice(asked, device, f"{where} says so", {})
     if device == "cuda":
-        return PrecisionChoice("fp16", device, "auto on CUDA: fp16 with dynamic loss scaling", {})
-    step_ms = {name: _median_step_ms(lambda name=name: run_step(name)) for name in ("fp32", "bf16")}  # type: ignore[misc]
+        reason = (
+            "auto on CUDA: fp16 with dynamic loss scaling, since the engines that ship compute in fp16 and training then sees "
+            "their range; bf16 is as fast and needs no scaler, but would hide what exceeds 65504"
+        )
+        return PrecisionChoice("fp16", device, reason, {})
+    step_ms = _median_step_ms(("fp32", "bf16"), run_step)
     faster = step_ms["bf16"] < step_ms["fp32"] * (1 - CHOICE_MARGIN)
     chosen = "bf16" if faster else "fp32"
     reason = (
         f"auto on a CPU: a step takes {step_ms['bf16']:.3g} ms in bf16 and {step_ms['fp32']:.3g} ms in fp32 "
-        f"(median of {CHOICE_STEPS})"
+        f"(medians of {CHOICE_STEPS}, in turns)"
     )
     return PrecisionChoice(chosen, device, reason, {name: round(value, 3) for name, value in step_ms.items()})
 
 
-def _median_step_ms(step: Callable[[], None]) -> float:
-    step()
-    times = []
+def _median_step_ms(names: tuple[str, ...], run_step: Callable[[str], None]) -> dict[str, float]:
+    """Median time of a step in each precision, taken in turns: what else the machine does slows all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        run_step(name)
     for _ in range(CHOICE_STEPS):
-        begin = time.perf_counter()
-        step()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times)
+        for name in names:
+            begin = time.perf_counter()
+            run_step(name)
+            times[name].append((time.perf_counter() - begin) * 1e3)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+@contextlib.contextmanager
+def float32_arithmetic(choice: PrecisionChoice) -> Iterator[None]:
+    """How FP32 tensors are multiplied within the block, forward and backward: in TF32 where that was chosen, else in FP32.
+
+    The default of cuDNN's convolutions is TF32, whatever is said about matrix products.
+    """
+    tf32 = choice.precision == "tf32"
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager
 def autocast(choice: PrecisionChoice) -> Iterator[None]:
-    """The forward pass's context: autocast for the half precisions, TF32 on or off for the others."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if choice.precision == "tf32" else "highest")
-    try:
-        with torch.autocast(choice.device, dtype=choice.dtype, enabled=choice.dtype is not None):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """The forward pass's context: autocast for the half precisions, and `float32_arithmetic`."""
+    with float32_arithmetic(choice), torch.autocast(choice.device, dtype=choice.dtype, enabled=choice.dtype is not None):
+        yield

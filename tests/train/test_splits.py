@@ -9,7 +9,8 @@ from small_training import blobs
 from mpdeploy.artifact import Dataset
 from mpdeploy.config import DataConfig
 from mpdeploy.errors import DataError
-from mpdeploy.train.splits import Splits, load_digits, stratified
+from mpdeploy.train.data import load_digits
+from mpdeploy.train.splits import Splits, content_digests, plan_splits, split_samples, stratified
 
 NAMES = ("train", "early_stopping", "calibration", "gate")
 
@@ -87,3 +88,43 @@ def test_stratified_parts_are_disjoint_and_complete(sizes):
     parts = stratified(labels, sizes, seed=3)
     assert [len(part) for part in parts] == [*sizes, 100 - sum(sizes)]
     assert sorted(np.concatenate(parts)) == list(range(100))
+
+
+def test_a_limit_on_the_digits_keeps_every_share(digits):
+    fewer = load_digits(DataConfig(load=load_digits, limit=300))
+    assert fewer.sizes() == {"train": 180, "early_stopping": 30, "calibration": 30, "gate": 60}
+    assert np.isin(fewer.gate.ids, range(1797)).all()
+    assert (fewer.classes, fewer.source) == (tuple("0123456789"), "digits")
+
+
+def test_content_is_told_by_inputs_alone():
+    one = blobs(8, 0)
+    other = Dataset(one.inputs, one.ids + 50, one.labels[::-1].copy())
+    assert content_digests(one) == content_digests(other)
+    other.inputs["x"][3, 2] += 1
+    assert [a == b for a, b in zip(content_digests(blobs(8, 0)), content_digests(other), strict=True)] == [True] * 3 + [
+        False
+    ] + [True] * 4
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("limit", [None, 60])
+def test_no_content_is_in_two_splits(official, limit):
+    """Whatever repeats: within the samples, and between them and the official ones."""
+    rng = np.random.default_rng(0)
+    content = [bytes([value]) for value in rng.integers(0, 120, 300)]
+    labels = np.arange(300) % 3
+    judged = (np.arange(30) % 3, [bytes([value]) for value in range(100, 130)]) if official else None
+    plan = plan_splits(labels, content, seed=1, limit=limit, official=judged)
+    used = [content[i] for part in (plan.train, plan.early_stopping, plan.calibration) for i in part]
+    gate = [judged[1][i] for i in plan.official_gate] if judged else [content[i] for i in plan.gate]
+    assert len(set(used)) == len(used)
+    assert not set(used) & set(judged[1] if judged else gate)
+    assert limit is None or len(used) + len(gate) == limit
+    assert "of 300 samples that repeat an earlier one" in plan.notes[0]
+
+
+def test_samples_without_labels_are_refused():
+    data = blobs(40, 0)
+    with pytest.raises(DataError, match="have no labels"):
+        split_samples(Dataset(data.inputs, data.ids), seed=0)

@@ -9,7 +9,7 @@ from small_training import Mlp, choice_of
 from mpdeploy.config import TrainConfig
 from mpdeploy.errors import UnavailableError
 from mpdeploy.train import precision
-from mpdeploy.train.precision import CHOICE_MARGIN, autocast, choose_precision, pick_device
+from mpdeploy.train.precision import CHOICE_MARGIN, PrecisionChoice, autocast, choose_precision, pick_device
 
 
 def config(**fields) -> TrainConfig:
@@ -23,7 +23,7 @@ def never(name: str) -> None:
 def timed(monkeypatch, fp32_ms: float, bf16_ms: float) -> None:
     """Let a step in FP32 and in BF16 take so long."""
     times = {"fp32": fp32_ms, "bf16": bf16_ms}
-    monkeypatch.setattr(precision, "_median_step_ms", lambda step: times[step()])
+    monkeypatch.setattr(precision, "_median_step_ms", lambda names, run_step: times)
 
 
 @pytest.mark.parametrize("asked", ["fp32", "bf16", "fp16"])
@@ -44,6 +44,7 @@ def test_on_cuda_the_cpu_s_setting_does_not_count():
 def test_auto_on_cuda_is_fp16_with_a_scaler():
     choice = choose_precision(config(), "cuda", never)
     assert (choice.precision, choice.scales_loss) == ("fp16", True)
+    assert "since the engines that ship compute in fp16" in choice.reason
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_auto_on_a_cpu_takes_the_faster_and_says_both_times(monkeypatch, fp32_ms
     assert f"{fp32_ms:.3g} ms in fp32" in choice.reason
 
 
-def test_auto_times_steps_after_one_to_warm_up():
+def test_auto_times_steps_in_turns_after_one_to_warm_up():
     ran = []
     choose_precision(config(), "cpu", ran.append)
-    assert ran == ["fp32"] * (precision.CHOICE_STEPS + 1) + ["bf16"] * (precision.CHOICE_STEPS + 1)
+    assert ran == ["fp32", "bf16"] * (precision.CHOICE_STEPS + 1)
 
 
 @pytest.mark.parametrize("fields", [{"precision": "tf32"}, {"cpu_precision": "tf32"}])
@@ -104,3 +105,14 @@ def test_tf32_is_on_only_where_it_was_chosen(name, within):
     with pytest.raises(ZeroDivisionError), autocast(choice_of(name)):
         raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("tf32", True), ("bf16", False)])
+def test_fp32_is_fp32_in_convolutions_and_products_alike(precision: str, tf32: bool) -> None:
+    """cuDNN's convolutions run in TF32 by default, whatever is said about matrix products."""
+    assert torch.backends.cudnn.allow_tf32
+    with autocast(PrecisionChoice(precision, "cpu", "", {})):
+        assert torch.backends.cudnn.allow_tf32 is tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert torch.backends.cudnn.allow_tf32
+    assert torch.get_float32_matmul_precision() == "highest"
