@@ -68,9 +68,10 @@ def build(
         model: an ONNX file in the precision the engine is to run.
         engine: a row of the engine table.
         folder: where to; made where missing.
-        profile: `input=min,opt,max` with shapes like `1x3x64x64`; others from batches 1, 8, 32 and `data`'s shapes.
+        profile: `input=min,opt,max` with shapes like `1x3x64x64`, several times for several optimisation profiles; inputs that are
+            not named get batches 1, 8, 32 and `data`'s shapes.
         data: samples, for the lengths of symbolic axes.
-        options: the backend's own options.
+        options: the backend's own options: values, or their texts (see `EngineBackend.option_rows`).
         progress: told (phase, steps done, steps in all).
 
     Raises:
@@ -82,6 +83,7 @@ def build(
     missing = row.available()
     if missing is not None:
         raise UnavailableError(f"The engine '{engine}' is not available: {missing.reason}", hint=missing.hint)
+    row.check_options(options or {})
     described = describe_model(model)
     ranges = profile_of(described.inputs, profile, data, where=str(model))
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +92,11 @@ def build(
 
 
 def profile_of(inputs: tuple[TensorSpec, ...], given: Sequence[str], data: str | None, *, where: str) -> Profile:
-    """Shape ranges from `--profile` arguments, with defaults for inputs that are not named."""
-    ranges = dict(_parse(text, inputs) for text in given)
+    """Shape ranges from `--profile` arguments, with defaults for inputs that are not named; an input named twice has two profiles."""
+    parts: dict[str, list[ShapeRange]] = {}
+    for name, part in (_parse(text, inputs) for text in given):
+        parts.setdefault(name, []).append(part)
+    ranges = {name: ShapeRange.joined(found) for name, found in parts.items()}
     rest = tuple(spec for spec in inputs if spec.name not in ranges)
     sample: dict[str, tuple[int, ...]] = {}
     if data is not None:
@@ -165,6 +170,11 @@ def _engine_file(folder: Path) -> Path:
     raise ModelError(f"{folder} holds no engine file.", hint="mpdeploy build MODEL.onnx --engine NAME --output DIR")
 
 
+def engine_bytes(engine: Engine) -> int:
+    """The size of an engine: of its file, and of the weights that OpenVINO keeps in a file of their own."""
+    return sum(file.stat().st_size for file in engine.path.parent.glob("engine.*") if file.suffix != ".json")
+
+
 def is_engine(path: Path) -> bool:
     """Whether a path names a built engine (a folder or file with a sidecar) and not a plain ONNX file."""
     folder = path if path.is_dir() else path.parent
@@ -173,13 +183,22 @@ def is_engine(path: Path) -> bool:
 
 @contextlib.contextmanager
 def open_runner(path: Path, *, engine: str | None = None, emulate: bool = False) -> Iterator[Runner]:
-    """Open anything that can run: a built engine, or an ONNX file in ONNX Runtime, in `engine`, or emulated.
+    """Open anything that can run: a built engine, a program of torch.export, or an ONNX file in ONNX Runtime, in `engine`, or emulated.
 
     Raises:
         UsageError: `emulate` of something that is no ONNX file.
         UnavailableError: it cannot run on this machine.
     """
     with contextlib.ExitStack() as stack:
+        if path.suffix == ".pt2":
+            if emulate or engine is not None:
+                raise UsageError(
+                    f"{path} is a program of torch.export, which torch alone runs.", hint="give an ONNX file instead"
+                )
+            from mpdeploy.engines.pytorch import TorchRunner
+
+            yield stack.enter_context(TorchRunner(path))
+            return
         if is_engine(path):
             if emulate:
                 raise UsageError(

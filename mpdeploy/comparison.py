@@ -42,7 +42,7 @@ def compare(
     """Drift of `candidate` against `reference` on the samples of `data`.
 
     Args:
-        reference: an ONNX file (run in ONNX Runtime) or a built engine.
+        reference: an ONNX file (run in ONNX Runtime), a built engine, or a program of torch.export (`.pt2`).
         candidate: likewise.
         data: see `data_files`.
         emulate: round the candidate's half tensors as half hardware would.
@@ -52,8 +52,8 @@ def compare(
         ModelError, DataError, UnavailableError, BuildError.
     """
     warnings: list[str] = []
-    precision = find_engine(candidate).precision if is_engine(candidate) else describe_model(candidate).precision
-    if not is_engine(candidate) and not emulate and engine in (None, "onnxruntime"):
+    precision = _precision_of(candidate)
+    if candidate.suffix == ".onnx" and not is_engine(candidate) and not emulate and engine in (None, "onnxruntime"):
         half = precision
         if half != "fp32":
             from mpdeploy.engines.onnxruntime import loads_cuda
@@ -73,25 +73,38 @@ def compare(
     return Comparison(meter.report(), count, precision, tuple(warnings))
 
 
+def _precision_of(path: Path) -> str:
+    if is_engine(path):
+        return find_engine(path).precision
+    return "fp32" if path.suffix == ".pt2" else describe_model(path).precision
+
+
 def bench(
-    a: Path, b: Path | None = None, *, data: str, engine: str | None = None, num_samples: int = 300
+    a: Path,
+    b: Path | None = None,
+    *,
+    data: str,
+    engine: str | None = None,
+    num_samples: int = 300,
+    pin: bool = True,
 ) -> LatencySamples | LatencyReport:
     """Latency of `a` on the first feed of `data`; with `b`, both interleaved, as a ratio b / a.
 
     Args:
-        a: an ONNX file or a built engine.
+        a: an ONNX file, a built engine, or a program of torch.export (`.pt2`).
         b: likewise; or None.
         data: see `data_files`.
         engine: run ONNX files in this engine instead of ONNX Runtime; with `b`, only `b`.
         num_samples: timed calls of each.
+        pin: tie the busy threads to cores of their own while it lasts, on a CPU.
     """
     if b is None:
         with open_runner(a, engine=engine) as runner:
             feeds = load_feeds(data, runner.inputs, where=str(a))
-            return measure_one(runner, feeds.feeds[0], num_samples)
+            return measure_one(runner, feeds.feeds[0], num_samples, pin=pin)
     with open_runner(a) as first, open_runner(b, engine=engine) as second:
         feed = load_feeds(data, first.inputs, where=str(a)).feeds[0]
-        return measure_pair(first, second, feed, num_samples, feeds_b=fitted(feed, second.inputs))
+        return measure_pair(first, second, feed, num_samples, feeds_b=fitted(feed, second.inputs), pin=pin)
 
 
 def sweep(

@@ -47,6 +47,15 @@ def examine() -> dict[str, Any]:
     }
 
 
+def options_of(engine: str) -> dict[str, Any]:
+    """What the builds of an engine can be told: `{"engine", "options": [{"name", "takes", "default", "text", "lacking"?}]}`.
+
+    Raises:
+        ConfigError: there is no such engine.
+    """
+    return {"engine": engine, "options": [row.to_json() for row in backend(engine).option_rows()]}
+
+
 def _providers() -> dict[str, str]:
     """ONNX Runtime's CPU and CUDA providers: `loads`, or why not."""
     from mpdeploy.engines.onnxruntime import ONNXRUNTIME, loads_cuda

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpdeploy.building import find_engine, is_engine
+from mpdeploy.building import engine_bytes, find_engine, is_engine
 from mpdeploy.engines import backend
-from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
+from mpdeploy.engines.accounting import kept_of, largest_of, report_on
+from mpdeploy.precision.graph_index import GraphIndex
+
+CASTS = ("cast", "convert", "reorder", "reformat")
 
 
 def inspect(path: Path) -> dict[str, Any]:
     """What a file runs in which precision, as `inspect --json` prints it.
 
     `{"kind", "ops": {OP: {precision: count}}, "casts", "kept": [{"node", "op", "reason"}], ...}`. Of an engine, `source` says where
-    the precisions come from; only `inspector` and `runtime_model` are what really runs.
+    the precisions come from (only `inspector` and `runtime_model` are what really runs), each kept node has the `precision` of its
+    layers, or null where no layer names it, and `kept_in_half` and `kept_unaccounted` list those that are not as planned.
 
     Raises:
         ModelError: neither ONNX nor an engine.
@@ -24,16 +28,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:
     from mpdeploy.precision.model_io import input_specs, load_model, output_specs, weight_bytes
-    from mpdeploy.precision.rewrite import KEPT, PRECISION, count_precisions
+    from mpdeploy.precision.rewrite import PRECISION, count_precisions
 
     model = load_model(path)
     index = GraphIndex.of(model)
     counts = count_precisions(index)
-    kept = [
-        {"node": node_id, "op": node.op_type, "reason": node.metadata_props[KEPT]}
-        for node_id, node in index.nodes.items()
-        if KEPT in node.metadata_props
-    ]
     return {
         "kind": "onnx",
         "file": str(path),
@@ -46,27 +45,9 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "half_nodes": counts.half_nodes,
         "ops": counts.ops,
         "casts": counts.casts,
-        "kept": kept,
-        "largest": _largest(index),
+        "kept": kept_of(index),
+        "largest": largest_of(index),
     }
-
-
-def _largest(index: GraphIndex, count: int = 5) -> list[dict[str, Any]]:
-    """The nodes with most bytes of constants, and the precision of those."""
-    found: list[dict[str, Any]] = []
-    for node_id, node in index.nodes.items():
-        tensors = [constant_tensor(v) for v in node.inputs if v is not None and index.is_constant(v)]
-        sizes = [(tensor.nbytes, tensor.dtype.name.lower()) for tensor in tensors if tensor is not None]
-        if sizes:
-            found.append(
-                {
-                    "node": node_id,
-                    "op": node.op_type,
-                    "bytes": sum(size for size, _ in sizes),
-                    "precision": max(sizes)[1],
-                }
-            )
-    return sorted(found, key=lambda item: -item["bytes"])[:count]
 
 
 def _inspect_engine(path: Path) -> dict[str, Any]:
@@ -76,6 +57,9 @@ def _inspect_engine(path: Path) -> dict[str, Any]:
     for layer in audit.layers:
         by_precision = ops.setdefault(layer.op, {})
         by_precision[layer.precision] = by_precision.get(layer.precision, 0) + 1
+    precisions = audit.of_nodes()
+    kept = [{**entry, "precision": precisions.get(entry["node"])} for entry in engine.sidecar["kept"]]
+    report = report_on(audit, engine.sidecar["kept"], engine.precision)
     return {
         "kind": engine.backend,
         "file": str(engine.path),
@@ -85,11 +69,13 @@ def _inspect_engine(path: Path) -> dict[str, Any]:
         "realised": audit.realised,
         "inputs": [str(spec) for spec in engine.inputs],
         "outputs": [str(spec) for spec in engine.outputs],
-        "bytes": engine.path.stat().st_size,
+        "bytes": engine_bytes(engine),
         "layers": audit.count_by_precision(),
         "ops": {op: ops[op] for op in sorted(ops)},
-        "casts": sum(
-            sum(counts.values()) for op, counts in ops.items() if op.lower() in ("cast", "convert", "reorder")
-        ),
-        "kept": [],
+        "casts": sum(sum(counts.values()) for op, counts in ops.items() if op.lower() in CASTS),
+        "kept": kept,
+        "kept_in_half": report["kept_in_half"],
+        "kept_unaccounted": report["kept_unaccounted"],
+        "options": {name: value for name, value in engine.sidecar["options"].items() if value not in (None, [])},
+        "largest": engine.sidecar["largest"],
     }

@@ -12,13 +12,18 @@ from mpdeploy.cli.common import Data, EngineName, Json, console, emit, number, p
 
 def bench(
     data: Data,
-    a: Annotated[Path, typer.Argument(metavar="A", help="An ONNX file or a built engine.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="An ONNX file, a built engine, or a torch.export program (.pt2).")
+    ],
     b: Annotated[Path | None, typer.Argument(metavar="B", help="What A is compared with, interleaved.")] = None,
     engine: EngineName = None,
     samples: Annotated[int, typer.Option(min=20, help="Timed calls of each; a p99 needs 299.")] = 300,
     batches: Annotated[
         str | None, typer.Option(metavar="N,N,...", help="Also the throughput of A (or B) at these batches.")
     ] = None,
+    pin: Annotated[
+        bool, typer.Option("--pin/--no-pin", help="Tie busy threads to cores of their own while it lasts (CPU).")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Latency of A; with B, both interleaved and the ratio B / A with its interval."""
@@ -26,7 +31,7 @@ def bench(
     from mpdeploy.comparison import sweep
     from mpdeploy.measure.latency import LatencyReport
 
-    found = measure(a, b, data=data, engine=engine, num_samples=samples)
+    found = measure(a, b, data=data, engine=engine, num_samples=samples, pin=pin)
     document: dict[str, Any] = (
         found.to_json() if isinstance(found, LatencyReport) else {"a": found.to_json(), "b": None, "ratio": None}
     )
@@ -35,9 +40,8 @@ def bench(
     if as_json:
         emit(document)
         return
-    rows = table(
-        "", "median ms", "p90 ms", "p99 ms", "samples", "includes", right=("median ms", "p90 ms", "p99 ms", "samples")
-    )
+    numbers = ("median ms", "p90 ms", "p99 ms", "CPU ms", "samples")
+    rows = table("", *numbers, "includes", right=numbers)
     for name, path in (("a", a), ("b", b)):
         side = document[name]
         if side is not None:
@@ -46,8 +50,9 @@ def bench(
                 number(side["median_ms"]),
                 number(side.get("p90_ms")),
                 number(side["p99_ms"]),
+                number(side["cpu_ms_per_call"]),
                 str(side["num_samples"]),
-                side["includes"],
+                side["includes"] + _copies(side["copies_ms"]),
             )
     out = console(stderr=False)
     out.print(rows)
@@ -56,6 +61,8 @@ def bench(
         out.print(
             f"ratio b / a of medians: {document['ratio']['median']:.3f} [{low:.3f}, {high:.3f}] (95 %)", markup=False
         )
+    for line in _conditions((document["b"] or document["a"])["conditions"]):
+        out.print(line, markup=False)
     if batches:
         rows = table("batch", "median ms", "samples/s", right=("batch", "median ms", "samples/s"))
         for entry in document["sweep"]:
@@ -63,6 +70,34 @@ def bench(
         out.print(rows)
     if document.get("warning"):
         console().print(f"[yellow]warning:[/] {plain(document['warning'])}")
+
+
+def _copies(copies: dict[str, float] | None) -> str:
+    told = [f"{name.replace('_', ' ')} {number(value)} ms" for name, value in (copies or {}).items()]
+    return f" (copies: {', '.join(told)})" if told else ""
+
+
+def _conditions(found: dict[str, Any]) -> list[str]:
+    """What the machine did meanwhile, and what could not be read."""
+    words = {
+        "others_cpu_share": "other processes took {:.0%} of the cores",
+        "steal_share": "other virtual machines {:.0%}",
+        "load_average_1m": "load average {}",
+        "temperature_c": "{:.0f} degrees C",
+        "throttle_events": "{} thermal throttle events",
+    }
+    said = [text.format(found[name]) for name, text in words.items() if name in found]
+    if "clock_mhz" in found:
+        said.append(f"clocks {found['clock_mhz']['lowest']} to {found['clock_mhz']['highest']} MHz")
+    if "gpu" in found:
+        gpu = {name: value for name, value in found["gpu"].items() if value not in (None, [])}
+        said.append("GPU " + ", ".join(f"{name} {value}" for name, value in gpu.items()))
+    threads = found["threads"]
+    pinned = f"on cores {threads['cores']}" if threads["pinned"] else f"no ({threads['reason']})"
+    lines = [f"meanwhile: {'; '.join(said)}; threads pinned: {pinned}"]
+    if found["absent"]:
+        lines.append("not known: " + "; ".join(f"{name} ({reason})" for name, reason in found["absent"].items()))
+    return lines
 
 
 def _sizes(text: str) -> list[int]:

@@ -30,7 +30,11 @@ def inspect(
         )
     else:
         told = "what really runs" if found["realised"] else "as parsed: it repeats the ONNX file"
-        out.print(f"{file}: {found['library']}; precisions from the {found['source']} ({told})", markup=False)
+        out.print(
+            f"{file}: {found['library']}, {human_bytes(found['bytes'])}, {found['casts']} casts, {len(found['kept'])} kept; "
+            f"precisions from the {found['source']} ({told})",
+            markup=False,
+        )
     for side in ("inputs", "outputs"):
         out.print(f"{side}: {'; '.join(found[side])}", markup=False)
     precisions = sorted({precision for counts in found["ops"].values() for precision in counts})
@@ -39,15 +43,25 @@ def inspect(
         rows.add_row(op, *(str(counts.get(precision, "")) for precision in precisions))
     out.print(rows)
     if found.get("largest"):
-        largest = table("largest nodes", "op", "weights", "in", right=("weights",))
+        largest = table("largest nodes", "op", "weights", "stored as", right=("weights",))
         for entry in found["largest"]:
             largest.add_row(plain(entry["node"]), entry["op"], human_bytes(entry["bytes"]), entry["precision"])
         out.print(largest)
     if found["kept"]:
-        kept = table("kept in FP32", "op", "why")
+        of_engine = found["kind"] != "onnx"
+        kept = table(
+            "kept in FP32", "op", *(["runs in" if found["realised"] else "parsed as"] if of_engine else []), "why"
+        )
         for entry in found["kept"]:
-            kept.add_row(plain(entry["node"]), entry["op"], plain(entry["reason"]))
+            realised = [_realised(entry["precision"])] if of_engine else []
+            kept.add_row(plain(entry["node"]), entry["op"], *realised, plain(entry["reason"]))
         out.print(kept)
+
+
+def _realised(precision: str | None) -> str:
+    if precision is None:
+        return "[yellow]not told[/]"
+    return f"[red]{precision}[/]" if precision in ("fp16", "bf16", "fp8", "fp4") else precision
 
 
 def register(app: typer.Typer) -> None:

@@ -140,6 +140,15 @@ def _child(write_end: int) -> None:
             send("done", row.build(request.model, request.profile, request.options, request.folder))
         except MpdeployError as error:
             send("error", error)
+        except OSError as error:  # a full disk, a quota, a folder that may not be written
+            where = f" at {error.filename}" if error.filename else ""
+            send(
+                "error",
+                BuildError(
+                    f"The build with {request.engine} failed on a file{where}: {error.strerror or error}.",
+                    hint=f"free disk space for {request.folder}, or give another folder; nothing half-written is used",
+                ),
+            )
         except BaseException:
             send("error", traceback.format_exc())
 

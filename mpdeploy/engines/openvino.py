@@ -3,25 +3,31 @@
 With EXECUTION_MODE_HINT=ACCURACY an FP16 node runs in FP16 (AVX512-FP16) and a BF16 node in BF16 (AMX), as TensorRT 11 would.
 It takes the BF16 model where the CPU has AMX-BF16, else the FP32 one.
 
-Timings include handing numpy arrays over, the run, and copying the outputs.
+OpenVINO turns one ONNX node into several operations, of which only the last bears the node's name: a LayerNormalization becomes an
+anonymous MVN, which does the arithmetic, and a named Add. So every operation is named after its node before the engine is written
+(`name_after_nodes`), and the names that the runtime model lists for a fused layer lead back to all nodes it stands for.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from mpdeploy.artifact import Array, Engine, Feeds, OnnxModel, TensorSpec, check_feeds
+from mpdeploy.artifact import Array, Engine, Feeds, OnnxModel, TensorSpec
+from mpdeploy.engines.accounting import Nodes, spread
 from mpdeploy.engines.base import Audit, Layer, Profile, Unavailable
+from mpdeploy.engines.host import HostRunner, Specs, one_line
+from mpdeploy.engines.options import FILE, OptionRow, one_of, option, options_to_json, read_options, rows_of, whole
+from mpdeploy.engines.sidecar import check_library, described, written
 from mpdeploy.environment import cpu_flags
-from mpdeploy.errors import BuildError, ConfigError, MissingExtraError, StageFailedError, closest_names
-from mpdeploy.files import atomic_path, sha256_of_file, write_json
+from mpdeploy.errors import BuildError, MissingExtraError
+from mpdeploy.files import atomic_path, sha256_of_file
 
-OPTIONS = ("threads", "inference_precision", "cache_dir", "performance_hint")
 _NUMPY = {
     "f32": "float32",
     "f16": "float16",
@@ -40,6 +46,37 @@ _PRECISION = {
     "i32": "int32",
     "i64": "int64",
 }
+_NO_LAYERS = ("Input", "Output", "Const", "Constant", "Reorder", "Convert", "Parameter", "Result")
+
+
+@dataclass(frozen=True)
+class OpenVinoOptions:
+    """How a model is compiled. The graph runs as typed, unless `inference_precision` retypes it."""
+
+    threads: int | None = option(None, whole(1), "Threads of one inference; by default one a physical core.")
+    streams: int | None = option(None, whole(1), "Inferences that run at once, each on its share of the threads.")
+    performance_hint: str = option(
+        "LATENCY", one_of("LATENCY", "THROUGHPUT", "CUMULATIVE_THROUGHPUT"), "What threads and streams are chosen for."
+    )
+    pinning: str = option("auto", one_of("auto", "on", "off"), "Whether OpenVINO ties its threads to cores.")
+    cache_dir: str | None = option(
+        None, FILE, "A folder for compiled models: a second start loads one instead of compiling."
+    )
+    inference_precision: str | None = option(
+        None, one_of("f32", "f16", "bf16"), "Retype the whole graph against the plan; the audit says what that did."
+    )
+
+    def to_config(self) -> dict[str, Any]:
+        """OpenVINO's own properties."""
+        config: dict[str, Any] = {"PERFORMANCE_HINT": self.performance_hint}
+        if self.inference_precision is None:
+            config["EXECUTION_MODE_HINT"] = "ACCURACY"
+        else:
+            config["INFERENCE_PRECISION_HINT"] = self.inference_precision
+        if self.pinning != "auto":
+            config["ENABLE_CPU_PINNING"] = self.pinning == "on"
+        given = {"INFERENCE_NUM_THREADS": self.threads, "NUM_STREAMS": self.streams, "CACHE_DIR": self.cache_dir}
+        return config | {name: value for name, value in given.items() if value is not None}
 
 
 def _library() -> Any:
@@ -62,43 +99,31 @@ def _spec(port: Any) -> TensorSpec:
     return TensorSpec(port.get_any_name(), _numpy_name(port.get_element_type()), shape)
 
 
-def compile_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenVINO properties for our options; the default runs the graph as typed."""
-    config: dict[str, Any] = {
-        "EXECUTION_MODE_HINT": "ACCURACY",
-        "PERFORMANCE_HINT": options.get("performance_hint", "LATENCY"),
-    }
-    if options.get("inference_precision"):  # retypes the whole graph: only to show that the audit catches it
-        config["INFERENCE_PRECISION_HINT"] = options["inference_precision"]
-        del config["EXECUTION_MODE_HINT"]
-    if options.get("threads"):
-        config["INFERENCE_NUM_THREADS"] = int(options["threads"])
-    if options.get("cache_dir"):
-        config["CACHE_DIR"] = str(options["cache_dir"])
-    return config
-
-
-class OpenVinoRunner:
+class OpenVinoRunner(HostRunner):
     """A compiled model."""
 
-    includes = "handing over numpy arrays, the run, output arrays"
+    title = "OpenVINO"
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        self._path = path
+        super().__init__(path)
         self._config = dict(config)
         self._compiled: Any = None
         self._request: Any = None
-        self._inputs: tuple[TensorSpec, ...] = ()
-        self._outputs: tuple[TensorSpec, ...] = ()
 
-    def __enter__(self) -> Self:
-        self._compiled = _compile(self._path, self._config)
+    def _open(self) -> tuple[Specs, Specs]:
+        openvino = _library()
+        try:
+            core = openvino.Core()
+            self._compiled = core.compile_model(core.read_model(self.path), "CPU", self._config)
+        except RuntimeError as error:
+            raise BuildError(
+                f"OpenVINO {openvino.__version__} cannot load {self.path}: {one_line(error)}",
+                hint="onnx.checker.check_model checks the model",
+            ) from error
         self._request = self._compiled.create_infer_request()
-        self._inputs = tuple(_spec(port) for port in self._compiled.inputs)
-        self._outputs = tuple(_spec(port) for port in self._compiled.outputs)
-        return self
+        return tuple(map(_spec, self._compiled.inputs)), tuple(map(_spec, self._compiled.outputs))
 
-    def __exit__(self, *exc: object) -> None:
+    def _close(self) -> None:
         self._request = None
         self._compiled = None
 
@@ -107,63 +132,29 @@ class OpenVinoRunner:
         """OpenVINO's compiled model."""
         return self._compiled
 
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """What the model wants."""
-        return self._inputs
+    def _caller(self, feeds: Feeds) -> Callable[[], Any]:
+        request, given = self._request, dict(feeds)
+        return lambda: request.infer(given, share_inputs=True, share_outputs=False)
 
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """What the model answers."""
-        return self._outputs
-
-    def infer(self, feeds: Feeds) -> dict[str, Array]:
-        """Answer one feed (see `artifact.Runner`)."""
-        self._check(feeds)
-        answers = self._run(feeds)
-        return {spec.name: np.array(answers[i]) for i, spec in enumerate(self._outputs)}
-
-    def time_ms(self, feeds: Feeds, iterations: int) -> list[float]:
-        """Milliseconds of each run: see `includes`."""
-        self._check(feeds)
-        times: list[float] = []
-        for _ in range(iterations):
-            begin = time.perf_counter_ns()
-            self._request.infer(dict(feeds), share_inputs=True, share_outputs=False)
-            times.append((time.perf_counter_ns() - begin) / 1e6)
-        return times
-
-    def _check(self, feeds: Feeds) -> None:
-        if self._request is None:
-            raise StageFailedError(f"The model {self._path} is closed.", hint="use the runner inside its 'with' block")
-        check_feeds(self._inputs, feeds, where=self._path.name)
-
-    def _run(self, feeds: Feeds) -> Any:
-        try:
-            return self._request.infer(dict(feeds), share_inputs=True, share_outputs=False)
-        except RuntimeError as error:
-            shapes = ", ".join(f"{name}: {list(array.shape)}" for name, array in feeds.items())
-            raise StageFailedError(
-                f"OpenVINO could not run {self._path.name} on {shapes}: {' '.join(str(error).split())[:500]}"
-            ) from error
-
-
-def _compile(path: Path, config: Mapping[str, Any]) -> Any:
-    openvino = _library()
-    try:
-        core = openvino.Core()
-        return core.compile_model(core.read_model(path), "CPU", dict(config))
-    except RuntimeError as error:
-        raise BuildError(
-            f"OpenVINO {openvino.__version__} cannot load {path}: {' '.join(str(error).split())[:600]}",
-            hint="onnx.checker.check_model checks the model",
-        ) from error
+    def _arrays(self, returned: Any) -> dict[str, Array]:
+        return {spec.name: np.array(returned[position]) for position, spec in enumerate(self._outputs)}
 
 
 class OpenVinoBackend:
     """The row `openvino`."""
 
     name = "openvino"
+
+    def option_rows(self) -> tuple[OptionRow, ...]:
+        """See `OpenVinoOptions`."""
+        return rows_of(OpenVinoOptions)
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that it lacks."""
+        self._read(options)
+
+    def _read(self, options: Mapping[str, Any]) -> OpenVinoOptions:
+        return read_options(OpenVinoOptions, options, title="OpenVINO", engine=self.name)
 
     def available(self) -> Unavailable | None:
         """Whether OpenVINO is installed."""
@@ -184,84 +175,99 @@ class OpenVinoBackend:
     def build(self, model: OnnxModel, profile: Profile, options: Mapping[str, Any], folder: Path) -> Engine:
         """Read the model, keep its types as they are, and write OpenVINO's own form: `engine.xml` and `engine.bin`.
 
-        Options: `threads`, `cache_dir`, `performance_hint`, and `inference_precision` (retypes the graph; the audit will say so).
+        Options: `OpenVinoOptions`.
 
         Raises:
-            BuildError: OpenVINO cannot read or compile it.
+            BuildError: OpenVINO cannot read or compile it, or the files cannot be written.
         """
-        unknown = sorted(set(options) - set(OPTIONS))
-        if unknown:
-            raise ConfigError(
-                f"openvino has no option '{unknown[0]}'.", hint=f"closest: {closest_names(unknown[0], OPTIONS)}"
-            )
-        openvino = _library()
-        begin = time.perf_counter()
+        chosen, openvino, begin = self._read(options), _library(), time.perf_counter()
         path = folder / "engine.xml"
+        nodes = Nodes.of(model.path)
         try:
-            core = openvino.Core()
-            network = core.read_model(model.path)
-            openvino.save_model(network, folder / "engine.partial.xml", compress_to_fp16=False)
+            network = openvino.Core().read_model(model.path)
         except RuntimeError as error:
             raise BuildError(
-                f"OpenVINO {openvino.__version__} cannot read {model.path}: {' '.join(str(error).split())[:600]}",
+                f"OpenVINO {openvino.__version__} cannot read {model.path}: {one_line(error)}",
                 hint="onnx.checker.check_model checks the model",
             ) from error
-        (folder / "engine.partial.bin").replace(folder / "engine.bin")
+        names = name_after_nodes(network, nodes)
+        partial = folder / "engine.partial.xml"
+        try:
+            openvino.save_model(network, partial, compress_to_fp16=False)
+        except RuntimeError as error:
+            partial.unlink(missing_ok=True)
+            partial.with_suffix(".bin").unlink(missing_ok=True)
+            raise BuildError(
+                f"OpenVINO {openvino.__version__} cannot write {path}: {one_line(error)}",
+                hint="is the disk full, or the folder read-only?",
+            ) from error
+        partial.with_suffix(".bin").replace(folder / "engine.bin")
         with atomic_path(path) as temporary:
-            (folder / "engine.partial.xml").replace(temporary)
-        config = compile_config(options)
+            partial.replace(temporary)
+        config = chosen.to_config()
         with OpenVinoRunner(path, config) as runner:  # compile once now: what cannot be compiled is no engine
             inputs, outputs = runner.inputs, runner.outputs
-        sidecar = {
-            "engine": self.name,
-            "library": "openvino",
-            "library_version": openvino.__version__,
-            "device": "cpu",
-            "config": config,
-            "precision": model.precision,
-            "source_sha256": model.sha256,
-            "weights_sha256": sha256_of_file(folder / "engine.bin"),
-            "sha256": sha256_of_file(path),
-            "profile": {name: shapes.to_json() for name, shapes in profile.items()},
-            "inputs": [spec.to_json() for spec in inputs],
-            "outputs": [spec.to_json() for spec in outputs],
-            "seconds": round(time.perf_counter() - begin, 3),
-        }
-        write_json(folder / "engine.json", sidecar)
-        return Engine.of(path, inputs=inputs, outputs=outputs, sidecar=sidecar)
+        sidecar = described(
+            model, profile, folder, nodes, engine=self.name, library=("openvino", openvino.__version__),
+            options=options_to_json(chosen), started=begin,
+        )  # fmt: skip
+        sidecar |= {"device": "cpu", "weights_sha256": sha256_of_file(folder / "engine.bin"), "names": names}
+        sidecar["before"] = {node: list(taken) for node, taken in nodes.before.items()}
+        return written(path, sidecar, inputs, outputs)
 
     def load(self, engine: Engine) -> OpenVinoRunner:
         """A runner for a built engine.
 
         Raises:
             BuildError: its weights are not those that were written beside it.
+            UnavailableError: another release of OpenVINO built it.
         """
+        check_library(engine, "OpenVINO", _library().__version__)
         weights = engine.path.with_suffix(".bin")
-        recorded = engine.sidecar.get("weights_sha256")
-        if recorded and (not weights.is_file() or sha256_of_file(weights) != recorded):
+        if not weights.is_file() or sha256_of_file(weights) != engine.sidecar["weights_sha256"]:
             raise BuildError(f"{weights} is missing or not the file that was built.", hint="build the engine again")
-        return OpenVinoRunner(engine.path, engine.sidecar.get("config", compile_config({})))
+        return OpenVinoRunner(engine.path, self._read(engine.sidecar["options"]).to_config())
 
     def audit(self, engine: Engine) -> Audit:
         """Read each layer's precision back from the compiled runtime model: what really runs."""
+        names: Mapping[str, str] = engine.sidecar["names"]
         with self.load(engine) as runner:
-            runtime = runner.compiled.get_runtime_model()
             layers = []
-            for op in runtime.get_ordered_ops():
-                info = {str(key): _text(value) for key, value in op.get_rt_info().items()}
+            for op in runner.compiled.get_runtime_model().get_ordered_ops():
+                info = {str(key): str(getattr(value, "value", value)) for key, value in op.get_rt_info().items()}
                 kind = info.get("layerType", op.get_type_name())
-                if kind in ("Input", "Output", "Const", "Constant", "Reorder", "Convert", "Parameter", "Result"):
+                if kind in _NO_LAYERS:
                     continue
-                precision = info.get("runtimePrecision", "")
-                nodes = tuple(name for name in info.get("originalLayersNames", "").split(",") if name)
-                layers.append(
-                    Layer(op.get_friendly_name(), kind, _PRECISION.get(precision, precision or "unknown"), nodes)
-                )
-        return Audit("runtime_model", tuple(layers))
+                told = info.get("runtimePrecision", "")
+                original = (name for name in info.get("originalLayersNames", "").split(",") if name)
+                nodes = tuple(dict.fromkeys(names[name] for name in original if name in names))
+                layers.append(Layer(op.get_friendly_name(), kind, _PRECISION.get(told, told or "unknown"), nodes))
+        return Audit("runtime_model", spread(layers, engine.sidecar["before"]))
 
 
 OPENVINO = OpenVinoBackend()
 
 
-def _text(value: Any) -> str:
-    return str(getattr(value, "value", value))
+def name_after_nodes(network: Any, nodes: Nodes) -> dict[str, str]:
+    """Name every operation of a model that was read after the ONNX node it is a part of.
+
+    An operation that makes a value of the ONNX file belongs to the node that makes it; one that makes none, to the node of what
+    takes its result. (Commas, which separate names in the runtime model, are written as semicolons.)
+
+    Returns:
+        operation -> node.
+    """
+    found: dict[str, str] = {}
+    for number, op in enumerate(reversed(network.get_ordered_ops())):
+        if op.get_type_name() in ("Parameter", "Constant", "Result"):
+            continue
+        made = [nodes.maker[name] for out in op.outputs() for name in sorted(out.get_names()) if name in nodes.maker]
+        taken_by = (target.get_node().get_friendly_name() for out in op.outputs() for target in out.get_target_inputs())
+        owner = made[0] if made else next((found[name] for name in taken_by if name in found), None)
+        if owner is not None:
+            name = owner.replace(",", ";")
+            if not made or name in found:
+                name = f"{name}/{op.get_type_name()}_{number}"
+            op.set_friendly_name(name)
+            found[name] = owner
+    return found

@@ -44,6 +44,7 @@ USED = {
     "ICudaEngine": [
         "create_engine_inspector",
         "create_execution_context",
+        "create_runtime_config",
         "device_memory_size_v2",
         "get_tensor_dtype",
         "get_tensor_location",
@@ -82,6 +83,7 @@ USED = {
     "IProgressMonitor": ["phase_start", "step_complete", "phase_finish"],
     "ITensor": ["dtype", "get_dimension_name", "is_network_input", "is_shape_tensor", "name", "shape"],
     "ITimingCache": ["serialize"],
+    "Logger": [],
     "LayerInformationFormat": ["JSON"],
     "LayerType": ["CAST", "CONSTANT", "MATRIX_MULTIPLY", "CONVOLUTION", "DECONVOLUTION", "EINSUM"],
     "MemoryPoolType": ["WORKSPACE"],
@@ -98,10 +100,12 @@ USED = {
 USED_OF_RTX_ONLY = {
     "BuilderFlag": ["REQUIRE_USER_ALLOCATION"],
     "ComputeCapability": ["SM75", "SM80", "SM86", "SM89", "SM120"],
+    "DynamicShapesKernelSpecializationStrategy": ["EAGER"],
     "EngineInvalidityDiagnostics": ["UNSUPPORTED_CC"],
     "EngineValidity": ["INVALID"],
     "IBuilderConfig": ["num_compute_capabilities", "set_compute_capability"],
     "IExecutionContext": ["is_stream_capturable"],
+    "IRuntimeConfig": ["dynamic_shapes_kernel_specialization_strategy"],
     "Runtime": ["get_engine_validity"],
 }
 RTX = next(version for version in TABLE if version.startswith("rtx"))

@@ -11,8 +11,6 @@ from mpdeploy.artifact import Engine
 from mpdeploy.engines.base import Layer
 from mpdeploy.engines.tensorrt import TENSORRT_RTX, TensorRTBackend, backend
 from mpdeploy.engines.tensorrt.audit import (
-    layer_from_json,
-    layer_to_json,
     layers_from_inspector,
     nodes_from_metadata,
     on_deciding_layers,
@@ -198,7 +196,7 @@ def test_a_node_of_several_layers_is_named_by_its_lowest_float_precision():
 
 
 def test_layers_go_into_json_and_back():
-    assert tuple(layer_from_json(layer_to_json(layer)) for layer in NETWORK) == NETWORK
+    assert tuple(Layer.from_json(layer.to_json()) for layer in NETWORK) == NETWORK
 
 
 @pytest.fixture
@@ -217,7 +215,7 @@ def audit_with(monkeypatch: pytest.MonkeyPatch, answer: str | Exception, tmp_pat
     monkeypatch.setattr(backend, "engine_information", engine_information)
     plan = tmp_path / "engine.plan"
     plan.write_bytes(b"vtrt")
-    engine = Engine.of(plan, sidecar={"engine": "tensorrt-rtx", "layers": [layer_to_json(layer) for layer in NETWORK]})
+    engine = Engine.of(plan, sidecar={"engine": "tensorrt-rtx", "layers": [layer.to_json() for layer in NETWORK]})
     return TENSORRT_RTX.audit(engine)
 
 

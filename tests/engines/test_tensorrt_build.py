@@ -204,6 +204,24 @@ def test_a_profile_that_does_not_fit_is_refused_in_words(tmp_path, profile, mess
     assert caught.value.hint
 
 
+def test_ranges_that_are_joined_become_one_optimisation_profile_each(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    parts = [ShapeRange((1, 8), (1, 8), (1, 8)), ShapeRange((2, 8), (4, 8), (16, 8))]
+    one = build(MLP, tmp_path / "one", profile={"x": ShapeRange((1, 8), (1, 8), (16, 8))})
+    two = build(MLP, tmp_path / "two", profile={"x": ShapeRange.joined(parts)})
+    assert two.sidecar["profile"] == one.sidecar["profile"] == {"x": [[1, 8], [1, 8], [16, 8]]}
+    assert two.sidecar["profiles"] == {"x": [part.to_json() for part in parts]}
+    assert two.path.stat().st_size > one.path.stat().st_size, "kernels for a second profile"
+
+
+def test_inputs_with_different_numbers_of_profiles_are_refused(tmp_path):
+    shapes = ShapeRange((1, 8), (4, 8), (16, 8))
+    profile = {"x": ShapeRange.joined([shapes] * 2), "k": ShapeRange.joined([shapes] * 3)}
+    with pytest.raises(ConfigError, match=r"different numbers of profiles: x: 2, k: 3"):
+        build(DOUBLE, tmp_path, profile=profile)
+
+
 def test_a_workspace_that_is_too_small_is_a_build_error_with_a_hint(tmp_path):
     with pytest.raises(BuildError, match="within workspace limit") as caught:
         build(MLP, tmp_path, workspace_bytes=1 << 20)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from tensorrt_models import DATA_DEPENDENT, DOUBLE, MIXED, MLP, PROFILE, onnx_model, weights
 
-from mpdeploy.artifact import OnnxModel, Runner
+from mpdeploy.artifact import Engine, OnnxModel, Runner
 from mpdeploy.engines.base import ShapeRange
 from mpdeploy.engines.tensorrt import TENSORRT, TENSORRT_RTX, TensorRTBackend
 from mpdeploy.engines.tensorrt.driver import probe_gpu
 from mpdeploy.errors import ArtifactChangedError, DataError, UnavailableError
+from mpdeploy.measure.latency import measure_one
 
 pytestmark = pytest.mark.gpu
 
@@ -86,6 +87,56 @@ def test_an_output_whose_shape_depends_on_data_has_the_shape_of_its_data(row, tm
             batch = np.zeros((4, 8), np.float32)
             batch.flat[:found] = 1
             np.testing.assert_array_equal(runner.infer({"x": batch})["where"], np.stack(np.nonzero(batch)))
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_each_shape_runs_in_the_profile_that_holds_it_and_the_runner_switches_between_them(row, tmp_path, cuda_graph):
+    model = onnx_model(MLP, tmp_path / "model.onnx")
+    parts = [ShapeRange((1, 8), (1, 8), (1, 8)), ShapeRange((2, 8), (4, 8), (16, 8))]
+    engine = row.build(model, {"x": ShapeRange.joined(parts)}, {"cuda_graph": cuda_graph}, tmp_path)
+    with row.load(engine) as runner:
+        for batch, profile in ((1, 0), (16, 1), (1, 0), (2, 1)):
+            answer = runner.infer({"x": x(batch, seed=batch)})
+            np.testing.assert_allclose(answer["y"], mlp(model, x(batch, seed=batch)), rtol=1e-4, atol=1e-5)
+            assert runner._session.context.active_optimization_profile == profile
+        with pytest.raises(DataError, match="was given x=17x8"):
+            runner.infer({"x": x(17)})
+
+
+def test_a_captured_graph_is_kept_for_its_shape_and_made_again_for_another(row, tmp_path):
+    engine = row.build(onnx_model(MLP, tmp_path / "model.onnx"), PROFILE, {"cuda_graph": True}, tmp_path)
+    with row.load(engine) as runner:
+        runner.infer({"x": x(4)})
+        first = runner._session.graph
+        runner.infer({"x": x(4, seed=2)})
+        assert runner._session.graph is first is not None
+        runner.infer({"x": x(8)})
+        assert runner._session.graph is not first
+
+
+def test_a_plan_of_another_version_is_refused_in_words_and_never_deserialised(row, tmp_path):
+    engine = row.build(onnx_model(MLP, tmp_path / "model.onnx"), PROFILE, {}, tmp_path)
+    other = bytearray(engine.path.read_bytes())
+    other[24] = (other[24] + 1) % 256  # the major version, in the header
+    engine.path.write_bytes(other)
+    version = ".".join(map(str, other[24:28]))
+    changed = Engine.of(
+        engine.path, inputs=engine.inputs, outputs=engine.outputs,
+        sidecar={**engine.sidecar, "library_version": version},
+    )  # fmt: skip
+    with pytest.raises(UnavailableError, match="exactly the version that built it"), row.load(changed):
+        pass
+
+
+def test_copies_are_measured_apart(row, tmp_path):
+    engine = row.build(onnx_model(MLP, tmp_path / "model.onnx"), PROFILE, {}, tmp_path)
+    with row.load(engine) as runner:
+        copies = runner.copies_ms({"x": x(4)}, 5)
+        assert copies.keys() == {"to_device", "to_host"}
+        assert all(len(times) == 5 and min(times) > 0 for times in copies.values())
+        found = measure_one(runner, {"x": x(4)}, 20).to_json()
+    assert found["copies_ms"].keys() == {"to_device", "to_host"}
+    assert "gpu" in found["conditions"] or "gpu" in found["conditions"]["absent"]
 
 
 def test_times_are_one_a_run_and_say_what_they_include(row, tmp_path):

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mpdeploy.engines.base import Layer
+from mpdeploy.engines.base import LOWEST_FIRST, Layer
 from mpdeploy.errors import BuildError
 
 MIXED, UNKNOWN = "mixed", "unknown"
@@ -37,8 +37,7 @@ PRECISION_FROM_DATATYPE = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-# Lowest first. `mixed` and `unknown` stand below FP32: they may hide a half layer.
-_FLOATS = ("fp4", "fp8", "fp16", "bf16", MIXED, UNKNOWN, "tf32", "fp32")
+_FLOATS = LOWEST_FIRST
 
 # What the inspector's texts hold ("Half", "Row major linear FP16 format", "BFloat16"), the more special ones first.
 _PRECISION_FROM_TEXT = (
@@ -176,13 +175,3 @@ def on_deciding_layers(layers: Sequence[Layer]) -> tuple[Layer, ...]:
 def tells_nothing(layers: Sequence[Layer]) -> bool:
     """Whether an inspector's layers hold no type at all, as where the engine is one fused region."""
     return all(layer.precision == UNKNOWN or layer.op in _CASTS for layer in layers)
-
-
-def layer_to_json(layer: Layer) -> dict[str, Any]:
-    """A layer as plain JSON, for a sidecar."""
-    return {"name": layer.name, "op": layer.op, "precision": layer.precision, "nodes": list(layer.nodes)}
-
-
-def layer_from_json(value: Mapping[str, Any]) -> Layer:
-    """Read what `layer_to_json` wrote."""
-    return Layer(value["name"], value["op"], value["precision"], tuple(value["nodes"]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mpdeploy.artifact import Engine, OnnxModel
 from mpdeploy.engines.base import Audit, Layer, Profile, Unavailable
-from mpdeploy.engines.tensorrt.audit import layer_from_json, layers_from_inspector, tells_nothing
+from mpdeploy.engines.options import OptionRow, rows_of
+from mpdeploy.engines.tensorrt.audit import layers_from_inspector, tells_nothing
 from mpdeploy.engines.tensorrt.build import Progress, build_plan
 from mpdeploy.engines.tensorrt.driver import probe_gpu
 from mpdeploy.engines.tensorrt.library import RTX_FAMILY, TENSORRT_FAMILY, Family, import_library, library_problem
@@ -29,6 +31,17 @@ class TensorRTBackend:
     def with_progress(self, on_progress: Progress) -> TensorRTBackend:
         """The same backend with a callback that is told every build step; returning False from it cancels the build."""
         return TensorRTBackend(self.family, on_progress)
+
+    def option_rows(self) -> tuple[OptionRow, ...]:
+        """See `TensorRTOptions`; those that this library lacks, or cannot build with here, say why."""
+        lacks = dict(self.family.lacks)
+        if isinstance(probe_gpu(), Unavailable):
+            lacks |= {name: f"it needs a GPU: {reason}" for name, reason in self.family.lacks_without_gpu.items()}
+        return tuple(replace(row, lacking=lacks.get(row.name, "")) for row in rows_of(TensorRTOptions))
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that the library lacks, and those that need a GPU where there is none."""
+        TensorRTOptions.from_mapping(options, self.family, has_gpu=not isinstance(probe_gpu(), Unavailable))
 
     def available(self) -> Unavailable | None:
         """None where it can build here: the library, and for TensorRT a driver and a GPU too."""
@@ -77,7 +90,7 @@ class TensorRTBackend:
 
     def audit(self, engine: Engine) -> Audit:
         """The engine inspector's answer where the plan loads here and tells its types, else the parsed network's."""
-        network = tuple(layer_from_json(layer) for layer in engine.sidecar["layers"])
+        network = tuple(Layer.from_json(layer) for layer in engine.sidecar["layers"])
         realised = self._inspected(engine, network)
         return Audit("network", network) if realised is None else Audit("inspector", realised)
 

@@ -7,24 +7,24 @@ see nothing more, and one that is set before parsing crashes the process when it
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpdeploy.artifact import Engine, OnnxModel, TensorSpec
-from mpdeploy.engines.base import Profile
-from mpdeploy.engines.tensorrt.audit import layer_to_json, layers_from_network
+from mpdeploy.engines.accounting import Nodes
+from mpdeploy.engines.base import Profile, ShapeRange
+from mpdeploy.engines.sidecar import described, written
+from mpdeploy.engines.tensorrt.audit import layers_from_network
 from mpdeploy.engines.tensorrt.driver import Gpu
 from mpdeploy.engines.tensorrt.library import Family
 from mpdeploy.engines.tensorrt.log import Lines, collected_lines, deferred_signals, without_noise
 from mpdeploy.engines.tensorrt.options import TensorRTOptions
 from mpdeploy.errors import BuildError, ConfigError, closest_names
-from mpdeploy.files import atomic_path, write_json
+from mpdeploy.files import atomic_path
 
-PLAN, SIDECAR = "engine.plan", "engine.json"
+PLAN = "engine.plan"
 
 Progress = Callable[[str, int, int], bool | None]
 """`on_progress(phase, done, total)`; returning False cancels the build."""
@@ -83,7 +83,8 @@ def build_plan(
         config = builder.create_builder_config()
         flags = _configure(trt, family, config, options)
         if any(_is_dynamic(spec) for spec in inputs):
-            _add_profile(builder, config, inputs, profile, lines)
+            for part in range(num_profiles(profile)):
+                _add_profile(builder, config, inputs, profile, part, lines)
         cache = _read_timing_cache(config, options, lines)
         layers = layers_from_network(network, tf32=options.tf32)
         monitor = _make_monitor(trt, on_progress, interrupted)
@@ -103,30 +104,18 @@ def build_plan(
     if cache is not None and options.timing_cache and not options.timing_cache_readonly:
         with atomic_path(Path(options.timing_cache)) as temporary, temporary.open("wb") as file:
             file.write(config.get_timing_cache().serialize())
-    sidecar = {
-        "engine": family.name,
-        "precision": model.precision,
-        "library": trt.__name__,
-        "library_version": trt.__version__,
+    sidecar = described(
+        model, profile, folder, Nodes.of(model.path), engine=family.name, library=(trt.__name__, trt.__version__),
+        options=options.to_json(), started=started,
+    )  # fmt: skip
+    sidecar |= {
         "device": gpu.to_json() if gpu else None,
-        "os": platform.system(),
-        "machine": platform.machine(),
-        "options": options.to_json(),
         "flags": flags,
-        "profile": {name: shapes.to_json() for name, shapes in profile.items()},
-        "inputs": [spec.to_json() for spec in inputs],
-        "outputs": [spec.to_json() for spec in outputs],
         "engine_dtypes": engine_inputs | engine_outputs,
-        "source": os.path.relpath(model.path, folder),
-        "source_sha256": model.sha256,
-        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.perf_counter() - started, 3),
         "warnings": list(dict.fromkeys(lines.warnings))[:50],
-        "layers": [layer_to_json(layer) for layer in layers],
+        "layers": [layer.to_json() for layer in layers],
     }
-    engine = Engine.of(path, inputs=inputs, outputs=outputs, sidecar=sidecar)
-    write_json(folder / SIDECAR, sidecar | {"sha256": engine.sha256})
-    return engine
+    return written(path, sidecar, inputs, outputs)
 
 
 def check_profile(inputs: Sequence[TensorSpec], profile: Profile) -> None:
@@ -152,7 +141,8 @@ def check_profile(inputs: Sequence[TensorSpec], profile: Profile) -> None:
                     f"The profile {name}={given} does not fit the input '{spec}'.",
                     hint=f"give shapes of {len(axes)} axes, with the model's own length where it is fixed",
                 )
-        if any(not s <= b <= g for s, b, g in zip(shapes.smallest, shapes.best, shapes.largest, strict=True)):
+        parts = shapes.parts or (shapes,)
+        if any(not s <= b <= g for p in parts for s, b, g in zip(p.smallest, p.best, p.largest, strict=True)):
             raise ConfigError(
                 f"The profile {name}={given} is not in order.",
                 hint="give the smallest, the best, then the largest shape",
@@ -164,6 +154,21 @@ def check_profile(inputs: Sequence[TensorSpec], profile: Profile) -> None:
                 f"The input '{spec}' has a dynamic shape and the profile gives no range for it.",
                 hint=f"give --profile {spec.name}=MIN,OPT,MAX with shapes like {axes_text}",
             )
+
+
+def num_profiles(profile: Profile) -> int:
+    """How many optimisation profiles a profile asks for: an input with one range has it in each of them.
+
+    Raises:
+        ConfigError: two inputs ask for different numbers.
+    """
+    counts = {name: len(shapes.parts) for name, shapes in profile.items() if len(shapes.parts) > 1}
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"The inputs have different numbers of profiles: {', '.join(f'{n}: {c}' for n, c in counts.items())}.",
+            hint="give each of them as often as the others, or once for all profiles",
+        )
+    return max(counts.values(), default=1)
 
 
 def _is_dynamic(spec: TensorSpec) -> bool:
@@ -239,11 +244,14 @@ def _configure(trt: Any, family: Family, config: Any, options: TensorRTOptions) 
     return sorted(name for name, flag in trt.BuilderFlag.__members__.items() if config.get_flag(flag))
 
 
-def _add_profile(builder: Any, config: Any, inputs: Sequence[TensorSpec], profile: Profile, lines: Lines) -> None:
+def _add_profile(
+    builder: Any, config: Any, inputs: Sequence[TensorSpec], profile: Profile, part: int, lines: Lines
+) -> None:
     ranges = builder.create_optimization_profile()
     for spec in inputs:
         if _is_dynamic(spec):
-            shapes = profile[spec.name]
+            whole = profile[spec.name]
+            shapes: ShapeRange = whole.parts[part] if len(whole.parts) > 1 else whole
             ranges.set_shape(spec.name, shapes.smallest, shapes.best, shapes.largest)
     if config.add_optimization_profile(ranges) < 0:
         raise BuildError(f"The library refuses the profile:\n{lines.text()}")

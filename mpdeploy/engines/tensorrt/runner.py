@@ -25,6 +25,7 @@ class TensorRTRunner:
     """Answers feeds with a plan; see the module for what its times include."""
 
     includes = "enqueue and GPU work of one inference between CUDA events; no copies to or from the device"
+    device = "cuda"
 
     def __init__(self, family: Family, engine: Engine) -> None:
         self.inputs: tuple[TensorSpec, ...] = engine.inputs
@@ -65,6 +66,14 @@ class TensorRTRunner:
             session.bind(feeds)
             session.launch()
             return [session.timed_launch_ms() for _ in range(iterations)]
+
+    def copies_ms(self, feeds: Feeds, iterations: int) -> dict[str, list[float]]:
+        """Milliseconds of copying the feeds to the device and the answers back, which `time_ms` leaves out."""
+        with self._opened(feeds) as session:
+            session.bind(feeds)
+            session.launch()
+            pairs = [session.timed_copies_ms(feeds, self.outputs) for _ in range(iterations)]
+        return {"to_device": [to for to, _ in pairs], "to_host": [back for _, back in pairs]}
 
     @contextlib.contextmanager
     def _opened(self, feeds: Feeds) -> Iterator[Session]:

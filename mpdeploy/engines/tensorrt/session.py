@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ class Session:
         self.device = torch.device("cuda", torch.cuda.current_device())
         with collected_lines(trt) as (logger, lines):
             self.runtime, self.engine = deserialised(trt, family, engine, logger, lines, ordinal=self.device.index)
-            self.context = self.engine.create_execution_context()
+            self.context = make_context(trt, self.engine)
             if self.context is None:
                 raise BuildError(
                     f"{self.where} cannot make an execution context:\n{lines.text()}",
@@ -99,6 +100,14 @@ class Session:
                 ) from error
             if not accepted:
                 raise StageFailedError(f"{self.where} cannot take the shapes {shapes}:\n{lines.text()}")
+        try:
+            self.set_memory(shapes)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.where, error) from error
+
+    def set_memory(self, shapes: Shapes) -> None:
+        """Give every tensor memory for the shapes that the context was given."""
+        context, torch = self.context, self.torch
         for name in (*self.input_names, *self.output_names):
             shape = shapes[name] if name in shapes else tuple(context.get_tensor_shape(name))
             if any(axis < 0 for axis in shape):  # its shape depends on data: the engine asks for memory as it runs
@@ -153,9 +162,12 @@ class Session:
 
     def execute(self) -> None:
         """Put one inference on the stream."""
+        self.allocator.error = None
         with collected_lines(self.trt) as (_, lines):
             if not self.context.execute_async_v3(self.stream.cuda_stream):
-                raise self.allocator.error or StageFailedError(f"{self.where} failed while it ran:\n{lines.text()}")
+                if self.allocator.error is not None:
+                    raise out_of_memory(self.where, self.allocator.error) from self.allocator.error
+                raise StageFailedError(f"{self.where} failed while it ran:\n{lines.text()}")
 
     def captured(self) -> Any:
         """A CUDA graph of the bound shapes' work, after one plain run: new shapes do work that cannot be captured."""
@@ -168,8 +180,14 @@ class Session:
                 hint="build it without cuda_graph",
             )
         graph = self.torch.cuda.CUDAGraph()
-        with self.torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            self.execute()
+        try:
+            with self.torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.execute()
+        except RuntimeError as error:  # torch's own, from ending a capture that something in it invalidated
+            raise StageFailedError(
+                f"{self.where} failed while its CUDA graph was captured for shapes {self.shapes}: {error}",
+                hint="build it without cuda_graph",
+            ) from error
         return graph
 
     def results(self, outputs: tuple[TensorSpec, ...]) -> dict[str, Array]:
@@ -187,6 +205,17 @@ class Session:
             answer[spec.name] = array.astype(np.dtype(spec.dtype), copy=False)
         return answer
 
+    def timed_copies_ms(self, feeds: Feeds, outputs: tuple[TensorSpec, ...]) -> tuple[float, float]:
+        """Milliseconds of the feeds' way to the device and of the answers' way back, Python's part included."""
+        begin = time.perf_counter_ns()
+        self.bind(feeds)
+        bound = time.perf_counter_ns()
+        self.launch()
+        run = time.perf_counter_ns()
+        self.results(outputs)
+        done = time.perf_counter_ns()
+        return (bound - begin) / 1e6, (done - run) / 1e6
+
     def numpy_dtype(self, name: str) -> np.dtype[Any]:
         """The dtype the engine takes (a float64 input of the model becomes float32)."""
         return np.dtype(self.dtypes[name])
@@ -200,6 +229,28 @@ class Session:
         if array.dtype == ml_dtypes.bfloat16:
             return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
         return self.torch.from_numpy(array)
+
+
+def make_context(trt: Any, engine: Any) -> Any:
+    """An execution context, or None where the library cannot make one.
+
+    TensorRT-RTX compiles kernels for the shapes it meets as it runs, in the background unless told not to: times would fall
+    while they are taken, and a captured graph would keep the slow kernels. So it is told to compile before it runs.
+    """
+    strategies = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if strategies is None:
+        return engine.create_execution_context()
+    config = engine.create_runtime_config()
+    config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+    return engine.create_execution_context(config)
+
+
+def out_of_memory(where: str, error: BaseException) -> StageFailedError:
+    """The failure for a device that has no memory left."""
+    return StageFailedError(
+        f"{where} needs more memory than the GPU has left: {str(error).splitlines()[0]}",
+        hint="feed smaller batches, or end what else uses the GPU",
+    )
 
 
 def profile_for(
