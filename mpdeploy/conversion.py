@@ -30,7 +30,7 @@ from mpdeploy.precision.plan import PrecisionPlan, make_plan
 from mpdeploy.precision.range_rules import RANGE_RULES
 from mpdeploy.precision.ranges import Ranges, TensorStats
 from mpdeploy.precision.rewrite import PrecisionCount, count_precisions, prepare, rewrite_indexed
-from mpdeploy.precision.search_file import float_io_in, patterns_for
+from mpdeploy.precision.search.keep_file import float_io_in, patterns_for
 from mpdeploy.precision.verify import check_strict_types
 from mpdeploy.proving import prove_and_write
 
@@ -117,6 +117,7 @@ def convert(
     labels: Path | None = None,
     max_drop: float | None = None,
     amax: Mapping[str, float] | None = None,
+    amax_modules: Mapping[str, str] | None = None,
     progress: Progress = lambda _: None,
     disabled_rules: Collection[str] = (),
     use_ranges: bool = True,
@@ -137,6 +138,7 @@ def convert(
         labels: an `.npz` with one array, for the metric.
         max_drop: see `metric`.
         amax: tensor name -> largest magnitude recorded in training.
+        amax_modules: tensor name -> the module where that was recorded, for the reasons.
         progress: told what is being done.
         disabled_rules: range rules to leave out (to show what each is for).
         use_ranges: whether ranges are taken from the data (else it only serves to measure drift).
@@ -180,7 +182,9 @@ def convert(
             known = {value.name for value, dtype in prepared.index.dtypes.items() if dtype == formats.FLOAT}
             for tensor, largest in amax.items():
                 if tensor in known:
-                    ranges.tensors.setdefault(tensor, TensorStats()).merge_amax(largest, "training")
+                    ranges.tensors.setdefault(tensor, TensorStats()).merge_amax(
+                        largest, "training", (amax_modules or {}).get(tensor, "")
+                    )
         progress("planning")
         plan = make_plan(
             prepared.index,

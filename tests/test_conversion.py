@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from onnx import helper
 
 from mpdeploy import proving
 from mpdeploy.conversion import convert, write_plan
+from mpdeploy.engines.onnxruntime import OrtRunner
 from mpdeploy.errors import ConversionError, DataError, GateFailedError, KeepListError, ModelError, UsageError
 from mpdeploy.precision.model_io import load_model
 from mpdeploy.precision.rewrite import rewrite
 from tests.precision.conformance import CASES
-from tests.precision.conformance_base import floats, graph_model, normal
+from tests.precision.conformance_base import floats, graph_model, normal, parsed, weight
 from tests.precision.visible import CHAIN, FLOAT, FLOAT16, W, X, graph, lines, named, plan_of, rel_l2, run, snapshot
 
 DEEP = """g (float[N, 8] x) => (float[N, 8] y, float[N, 8] z) {
@@ -139,6 +141,22 @@ def test_the_file_says_why_a_node_is_kept(deep: Path) -> None:
     assert found["casts"] == 2
     assert found["ops"]["Softmax"] == {"float32": 1}
     assert found["ops"]["MatMul"] == {"float16": 3}
+
+
+def test_constants_that_are_not_converted_leave_the_external_data_too(tmp_path: Path) -> None:
+    """torch.onnx.export writes every initialiser beside the model, integers too: the file that is written must stand alone."""
+    text = "g (float[N, 8] x) => (float[N, 2] y) { h = MatMul(x, w) k = Mul(h, tiny) s = Gather<axis = 1>(k, i) y = Relu(s) }"
+    weights = {"w": weight(8, 8), "i": np.array([0, 3]), "tiny": np.float32(1e-12)}
+    folder = tmp_path / "source"
+    folder.mkdir()
+    onnx.save(
+        parsed(text, 17, weights), folder / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0
+    )
+    done = convert(folder / "m.onnx", output=tmp_path / "out.onnx")
+    assert "Mul_1" in done.plan.kept
+    shutil.rmtree(folder)
+    with OrtRunner(tmp_path / "out.onnx") as runner:
+        assert next(iter(runner.infer({"x": np.ones((3, 8), np.float16)}).values())).shape == (3, 2)
 
 
 def test_external_weights_are_converted_and_the_source_is_untouched(tmp_path: Path) -> None:
@@ -343,7 +361,7 @@ def test_a_searched_keep_list_survives_a_re_export_that_renumbers_its_nodes(tmp_
 
     from mpdeploy.precision.formats import FORMATS
     from mpdeploy.precision.rewrite import prepare
-    from mpdeploy.precision.search_file import FORMAT, place_of
+    from mpdeploy.precision.search.keep_file import FORMAT, place_of
 
     text = """<ir_version: 8, opset_import: ["" : 17]>
     g (float[N, 4] x) => (float[N, 4] y) <float[4, 4] w = {1,2,3,4,5,6,7,8,9,1,2,3,4,5,6,7}> {

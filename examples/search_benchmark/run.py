@@ -22,11 +22,11 @@ from mpdeploy.data_files import load_feeds
 from mpdeploy.precision.formats import FORMATS
 from mpdeploy.precision.model_io import input_specs, load_model
 from mpdeploy.precision.rewrite import prepare
-from mpdeploy.precision.search import SearchAnswer, search
-from mpdeploy.precision.search_synthetic import SyntheticProblem, synthetic_problem
+from mpdeploy.precision.search.driver import SearchAnswer, search
+from mpdeploy.precision.search.synthetic import SyntheticProblem, synthetic_problem
 from mpdeploy.searching import search_model
-from mpdeploy.searching_open import OpenedSearch, open_search
-from mpdeploy.searching_plan import fixed_reasons
+from mpdeploy.searching.open import OpenedSearch, open_search
+from mpdeploy.searching.plan import fixed_reasons
 
 BUDGETS = (0.9, 0.5, 0.1)
 
@@ -49,7 +49,7 @@ def main() -> None:
     arguments.run(arguments)
 
 
-# ---- synthetic problems: 1000 nodes, 32 samples; mpdeploy.precision.search_synthetic publishes the generator
+# ---- synthetic problems: 1000 nodes, 32 samples; mpdeploy.precision.search.synthetic publishes the generator
 
 
 def run_synthetic(arguments: argparse.Namespace) -> None:

@@ -39,7 +39,16 @@ def convert(
     max_drop: Annotated[
         str | None, typer.Option("--max-drop", metavar="X", help="How much the metric may fall: 0.2pt, or 0.002.")
     ] = None,
-    cost: Annotated[str, typer.Option(help="What --search makes small: traffic, or nodes.")] = "traffic",
+    cost: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND", help="What --search makes small: traffic, nodes, or profile:FILE.json (time a node)."
+        ),
+    ] = "traffic",
+    mixed_half: Annotated[
+        bool,
+        typer.Option("--mixed-half", help="With --search: what FP16 cannot hold runs in BF16 where the gate allows."),
+    ] = False,
     keep_io: Annotated[bool, typer.Option("--keep-io", help="All inputs and outputs stay FP32.")] = False,
     keep_io_name: Annotated[
         list[str] | None, typer.Option("--keep-io-name", metavar="NAME", help="This input or output stays FP32.")
@@ -53,20 +62,21 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Rewrite an FP32 model into strictly typed mixed precision, and measure its drift as half hardware would show it."""
+    from mpdeploy.cli.search_bar import SearchBar
     from mpdeploy.conversion import convert as run_conversion
     from mpdeploy.conversion import record_conversion
     from mpdeploy.errors import UsageError
     from mpdeploy.gates.project import project_gates_accept
     from mpdeploy.run_dir import RunDir
-    from mpdeploy.search_conversion import convert_searched
     from mpdeploy.searching import parse_drop
+    from mpdeploy.searching.conversion import convert_searched
+    from mpdeploy.searching.profile import check_cost
 
     if search and data is None:
         raise UsageError("--search needs --data to measure drift on.", hint="add --data calib.npz")
-    if cost not in ("traffic", "nodes"):
-        raise UsageError(
-            f"--cost {cost}: there is no such cost.", hint="give traffic or nodes; a profile goes through the API"
-        )
+    if not search and (mixed_half or cost != "traffic"):
+        raise UsageError(f"{'--mixed-half' if mixed_half else '--cost'} goes with --search.", hint="add --search")
+    check_cost(cost)
     if precision not in ("fp16", "bf16"):
         raise UsageError(f"--precision {precision}: there is no such half precision.", hint="give fp16 or bf16")
     target = output or (
@@ -76,18 +86,18 @@ def convert(
         with RunDir.create(run) as directory:  # before anything is written into it: a foreign folder is refused
             directory.set_header(model=str(model))
     err = console()
-    with err.status("") as status:
+    with SearchBar(err, model.name) as bar:
         common: dict[str, Any] = {
             "data": data, "keep": keep or (), "precision": precision, "keep_io": keep_io, "keep_io_names": keep_io_name or (),
             "output": target, "max_drift": max_drift, "metric": metric, "labels": labels,
             "max_drop": None if max_drop is None else parse_drop(max_drop),
             "accept": project_gates_accept(Path.cwd(), at=target.name),
-            "progress": lambda text: status.update(f"{model.name}: {text}"),
+            "progress": bar.doing,
         }  # fmt: skip
         if search:
             done = convert_searched(
-                model, **common, cost=cost, state=target.with_suffix(".search"),
-                on_progress=lambda now: status.update(f"{model.name}: {_search_line(now)}"),
+                model, **common, cost=cost, mixed_half=mixed_half, state=target.with_suffix(".search"),
+                on_progress=bar.searching,
             )  # fmt: skip
         else:
             done = run_conversion(model, **common)
@@ -102,19 +112,17 @@ def convert(
         _show(document)
 
 
-def _search_line(now: Any) -> str:
-    best = "none yet" if now.best is None else f"{now.best} kept, drift {now.best_drift:.2g}"
-    left = "" if now.seconds_left is None else f", about {now.seconds_left:.0f} s left"
-    return f"{now.phase}: {now.evaluations:.1f} evaluations, best so far: {best}{left}"
-
-
 def _show(document: dict[str, Any]) -> None:
     out = console(stderr=False)
+    in_bf16 = len(document.get("search", {}).get("bf16", ()))
+    others = f"{in_bf16} in bf16, " if in_bf16 else ""
     out.print(
-        f"{document['output']}: {document['half_nodes']} of {document['nodes']} nodes in {document['precision']}, "
+        f"{document['output']}: {document['half_nodes'] - in_bf16} of {document['nodes']} nodes in {document['precision']}, {others}"
         f"{len(document['kept'])} kept in FP32, {document['casts']} casts, {document['seconds']:.2g} s",
         markup=False,
     )
+    if "search" in document:
+        _show_search(document["search"], out)
     for note in document["notes"]:
         out.print(f"note: {note}", markup=False)
     if document["kept"]:
@@ -140,6 +148,32 @@ def _show(document: dict[str, Any]) -> None:
                 number(drift["max_abs"]),
                 f"{drift['cosine']:.6f}",
                 str(drift["num_nonfinite"]),
+            )
+        out.print(rows)
+
+
+def _show_search(search: dict[str, Any], out: Any) -> None:
+    shown = "each shown to be needed" if search["minimal"] else "not each shown to be needed"
+    out.print(
+        f"search: {search['gate']}; {search['kept']} of {search['searched']} kept, {shown}; {search['evaluations']:g} evaluations",
+        markup=False,
+    )
+    if search["drift_held_out"] is not None:
+        out.print(
+            f"drift on the samples no probe saw: {number(search['drift_held_out'])}; on the others: {number(search['drift_seen'])}",
+            markup=False,
+        )
+    points = search["pareto"]
+    if len(points) > 1:
+        rows = table("front: kept", "cost", "drift", "", right=("front: kept", "cost", "drift"))
+        for point in [
+            points[round(i * (len(points) - 1) / min(7, len(points) - 1))] for i in range(min(8, len(points)))
+        ]:
+            rows.add_row(
+                str(point["num_kept"]),
+                number(point["cost"]),
+                number(point["drift"]),
+                "meets the gate" if point["passes"] else "",
             )
         out.print(rows)
 

@@ -142,8 +142,25 @@ def write_model(model: ir.Model, folder: Path, name: str, *, external_from_bytes
     if weight_bytes(model) > external_from_bytes:
         ir.save(model, path, external_data=f"{name}.data")
     else:
+        _bring_in(model)
         ir.save(model, path)
     return path
+
+
+def _bring_in(model: ir.Model) -> None:
+    """Read what still lies in the source's external data: the file that is written stands elsewhere, and alone."""
+    for graph in all_graphs(model.graph):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _in_memory(value.const_value)
+        for node in graph:
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[name] = ir.AttrTensor(name, _in_memory(attribute.value))
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
+    return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
 
 
 def save_model(model: ir.Model, path: Path, checks: Sequence[Callable[[Path], None]] = ()) -> None:

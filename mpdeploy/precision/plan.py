@@ -51,6 +51,8 @@ class PrecisionPlan:
         ops: node id -> op type, for both kinds.
         notes: what was done to constants, and other things a reader should know.
         ranges_from: `none`, or what the ranges rest on.
+        float_io: names of graph inputs and outputs that stay FP32.
+        bf16: id of a node of an FP16 plan that runs in BF16 -> why (see `search.islands`).
     """
 
     half: HalfFormat
@@ -60,6 +62,7 @@ class PrecisionPlan:
     notes: tuple[str, ...] = ()
     ranges_from: str = "none"
     float_io: frozenset[str] = field(default_factory=frozenset)
+    bf16: Mapping[str, tuple[Reason, ...]] = field(default_factory=dict)
 
     @property
     def half_nodes(self) -> list[str]:
@@ -76,6 +79,10 @@ class PrecisionPlan:
             "keep": [
                 {"node": node_id, "op": self.ops[node_id], "reason": "; ".join(map(str, reasons))}
                 for node_id, reasons in self.kept.items()
+            ]
+            + [  # given back without a search, they are FP32
+                {"node": n, "op": self.ops[n], "reason": "; ".join(map(str, why)), "precision": "bf16"}
+                for n, why in self.bf16.items()
             ],
             "half": self.half_nodes,
             "float_io": sorted(self.float_io),

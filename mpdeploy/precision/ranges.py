@@ -41,6 +41,8 @@ class TensorStats:
         feed_amax: the largest magnitude of each feed, for the tail.
         nan_feed: number of the first feed with a NaN, or None.
         source: `calibration`, or `training` where it was handed over and only `amax` is known.
+        module: where training recorded it.
+        calibration_amax: what calibration saw before a larger range was handed over.
     """
 
     amax: float = 0.0
@@ -54,6 +56,8 @@ class TensorStats:
     feed_amax: list[float] = field(default_factory=list)
     nan_feed: int | None = None
     source: str = "calibration"
+    module: str = ""
+    calibration_amax: float | None = None
 
     def add(self, array: NDArray[np.float32], feed: int) -> None:
         """Take in one feed's tensor."""
@@ -87,11 +91,12 @@ class TensorStats:
             nonzero = magnitude_bits[magnitude_bits != 0] if zeros else magnitude_bits
             self.amin = min(self.amin, float(nonzero.min().astype(np.uint32).view(np.float32)))
 
-    def merge_amax(self, amax: float, source: str) -> None:
-        """Take in a range that was recorded elsewhere (training), where it is larger."""
+    def merge_amax(self, amax: float, source: str, module: str = "") -> None:
+        """Take in a range that was recorded elsewhere (training, at a module), where it is larger."""
         if math.isfinite(amax) and amax > self.amax:
+            self.calibration_amax = self.amax if self.count else None
             self.amax = amax
-            self.source = source
+            self.source, self.module = source, module
 
     @property
     def rms(self) -> float:
@@ -143,6 +148,8 @@ class TensorStats:
             "rms": self.rms,
             "tail_factor": self.tail_factor,
             "source": self.source,
+            "module": self.module,
+            "calibration_amax": self.calibration_amax,
             "exponents": {str(int(i) - EXPONENT_BIAS): int(self.exponents[i]) for i in np.flatnonzero(self.exponents)},
         }
 

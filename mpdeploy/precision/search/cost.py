@@ -1,6 +1,6 @@
 """What keep-lists cost, and the best one for each price: a parametric minimum cut.
 
-Each switch of the emulation (search_graph.py) is a rounding that happens as soon as one of its units is half, and adds a known energy.
+Each switch of the emulation (switch_graph.py) is a rounding that happens as soon as one of its units is half, and adds a known energy.
 For a price p of energy, the best labelling minimises
 
     sum of cost(u) over units in FP32 + casts + p * sum of energy(s) over switches that are thrown
@@ -12,7 +12,7 @@ chain, a residual stream) enter together. Raising p walks the lower convex hull 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,8 +24,8 @@ from mpdeploy.precision.borders import cut_arcs, float_side_of, half_units
 from mpdeploy.precision.flow import Flow, Unit
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.op_rules import COMPUTE_OPS
-from mpdeploy.precision.search_graph import Switch
-from mpdeploy.precision.search_types import Candidate, KeepSet
+from mpdeploy.precision.search.switch_graph import Switch
+from mpdeploy.precision.search.types import Candidate, KeepSet
 
 CostKind = Literal["nodes", "traffic"]
 FLOPS_A_BYTE = 10.0
@@ -110,19 +110,32 @@ class FlowCosts:
         self.costs = costs
         self.switches = list(switches)
         self.rule_fixed = frozenset(unit.key for unit in flow.units if unit.fixed)
+        # an input that is an output too has one type: the output follows the input
+        self._passed = {
+            f"output:{name}": f"input:{name}"
+            for name in (unit.key.removeprefix("input:") for unit in flow.units if unit.key.startswith("input:"))
+            if f"output:{name}" in flow.of_key
+        }
         self.free = frozenset(
             unit.key
             for unit in flow.units
             if not unit.fixed
             and unit.key not in never
+            and unit.key not in self._passed
             and (unit.node is None or ":out" not in unit.key or unit.gain > 0)
         )
         self._all = frozenset(unit.key for unit in flow.units)
         self._half_at_most = self._all - self.rule_fixed
+        self._prices: dict[KeepSet, float] = {}
 
     def half_keys(self, kept: KeepSet) -> frozenset[str]:
         """The units that are half when exactly these are kept."""
-        return self._half_at_most - kept
+        return self._with_passed(self._half_at_most - kept)
+
+    def _with_passed(self, half: Collection[str]) -> frozenset[str]:
+        """With each output that is an input too where its input is."""
+        outputs = frozenset(output for output, given in self._passed.items() if given in half)
+        return frozenset(half).difference(self._passed) | outputs
 
     def planned_half_keys(self, kept: KeepSet) -> frozenset[str]:
         """The same in a plan: what would cost more in casts than it saves stays FP32 too, unless nodes are what is counted."""
@@ -130,11 +143,15 @@ class FlowCosts:
             return self.half_keys(kept)
         flow = Flow([replace(unit, fixed=unit.fixed or unit.key in kept) for unit in self.flow.units])
         flow.edges, flow.of_key = self.flow.edges, self.flow.of_key
-        return frozenset(half_units(flow)) | (self.never - self.rule_fixed)
+        return self._with_passed(half_units(flow) | (self.never - self.rule_fixed))
 
     def cost(self, kept: KeepSet) -> float:
-        """Of keeping exactly these, beyond what rules keep."""
-        half = self.half_keys(kept)
+        """Of the plan that keeps these (and what lies between them, where that is cheaper than casts), beyond what rules keep."""
+        if kept not in self._prices:
+            self._prices[kept] = self._cost_of(self.planned_half_keys(kept))
+        return self._prices[kept]
+
+    def _cost_of(self, half: frozenset[str]) -> float:
         total = sum(self.costs.units[key] for key in self._all - half - self.rule_fixed)
         if not self.costs.cast:
             return total

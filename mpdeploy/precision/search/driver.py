@@ -1,13 +1,13 @@
 """The search for the smallest keep-list that meets a gate. The driver: read `search` as the list of what happens.
 
     1. all half            the gate may be met already
-    2. hard causes         units that lose an output, by adaptive group testing (search_hard.py)
-    3. gains               injected errors and a few probes give each part's energy at the outputs (search_gains.py)
-    4. prefix and prune    bisection along the predicted Pareto front, then what the slack pays for (search_soft.py)
-    5. proof               the drift without each kept unit, measured (search_soft.py)
+    2. hard causes         units that lose an output, by adaptive group testing (hard.py)
+    3. gains               injected errors and a few probes give each part's energy at the outputs (gains.py)
+    4. prefix and prune    bisection along the predicted Pareto front, then what the slack pays for (soft.py)
+    5. proof               the drift without each kept unit, measured (soft.py)
 
-It searches a `Problem` (search_types.py), whatever that is: a model behind a switchable emulation (`mpdeploy.searching`), or a synthetic
-one with a known answer (search_synthetic.py). Everything that is measured goes through a `Ledger` (search_state.py).
+It searches a `Problem` (types.py), whatever that is: a model behind a switchable emulation (`mpdeploy.searching`), or a synthetic
+one with a known answer (synthetic.py). Everything that is measured goes through a `Ledger` (ledger.py).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpdeploy.precision.search_gains import Gains, estimate_gains
-from mpdeploy.precision.search_hard import find_hard, find_hub
-from mpdeploy.precision.search_soft import Proof, find_prefix, prove, prune, roomier
-from mpdeploy.precision.search_state import Best, Ledger
-from mpdeploy.precision.search_types import (
+from mpdeploy.precision.search.gains import Gains, estimate_gains
+from mpdeploy.precision.search.hard import find_hard, find_hub
+from mpdeploy.precision.search.ledger import Best, Ledger
+from mpdeploy.precision.search.soft import Proof, find_prefix, prove, prune, roomier
+from mpdeploy.precision.search.types import (
     Candidate,
     Evaluation,
     KeepSet,
@@ -38,6 +38,8 @@ CONFIRMATIONS = 4
 """How often a lower limit is aimed at, when the thing itself drifts a little more than what stands in for it."""
 PROBE_EVALUATIONS = 30.0
 """Evaluations that probes may use at most."""
+LATER = 30.0
+"""Evaluations that a proof may take, as long as nothing is known of it: for the time left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class SearchAnswer:
         is_minimal: whether every kept unit is shown to be needed.
         energies: item -> estimated energy at the outputs; empty where no probes were made.
         pareto: the front of everything measured, cheapest first.
+        cost: of `kept`.
         evaluations: passes over all samples; probes count by their share.
         by_phase: the same, by phase.
         stopped: why it ended early, or empty.
@@ -85,6 +88,7 @@ class SearchAnswer:
     is_minimal: bool = False
     energies: Mapping[str, float] = field(default_factory=dict)
     pareto: tuple[ParetoPoint, ...] = ()
+    cost: float = 0.0
     evaluations: float = 0.0
     by_phase: Mapping[str, float] = field(default_factory=dict)
     stopped: str = ""
@@ -173,7 +177,7 @@ class _Search:
             self._settle(everything, met=False)
             return
         if self.all_half.lost:
-            ledger.start("hard causes")
+            ledger.start("hard causes", expected=2 * math.log2(len(everything) + 1), later=LATER)
             self.hard = self._find_hard()
         hard = frozenset(self.hard)
         found = ledger.evaluate(hard)
@@ -182,7 +186,7 @@ class _Search:
             kept, met = self._soften(hard)
         self._settle(kept, met=met)
         if met:
-            ledger.start("proof", expected=min(float(len(kept)), self.proof_evaluations))
+            ledger.start("proof", expected=min(0.5 * len(kept), self.proof_evaluations))
             energies = None if self.gains is None else self.gains.energies
             kept, self.proofs = prove(
                 ledger,
@@ -234,11 +238,11 @@ class _Search:
         gains = self._estimate(hard)
         front = landscape.front(gains.energies, hard)
         for _ in range(CONFIRMATIONS):
-            ledger.start("prefix", expected=6.0)
+            ledger.start("prefix", expected=6.0, later=LATER)
             candidate, met = find_prefix(ledger, front, is_known_to_fail=front[0].kept == hard)
             if not met:
                 return candidate.kept, False
-            ledger.start("prune", expected=6.0)
+            ledger.start("prune", expected=6.0, later=min(0.5 * len(candidate.kept), self.proof_evaluations))
             kept = prune(ledger, candidate.kept, hard, gains.energies)
             if ledger.confirm(kept):
                 self.passing = (front, candidate)
@@ -251,7 +255,8 @@ class _Search:
         landscape, problem = ledger.landscape, ledger.problem
         assert landscape is not None
         limit = problem.limit**2 if problem.gates_drift else ledger.evaluate(beside).drift ** 2 / 4
-        ledger.start("gains", expected=PROBE_EVALUATIONS)
+        probes = landscape.max_probes * landscape.samples_a_probe / max(landscape.num_samples, 1)
+        ledger.start("gains", expected=min(probes, PROBE_EVALUATIONS), later=12 + LATER)
         self.gains = estimate_gains(
             ledger,
             target=limit if math.isfinite(limit) else 1e-4,
@@ -301,6 +306,7 @@ class _Search:
             is_minimal=met and not stopped and len(self.proofs) == len(kept) and all(p.needed for p in self.proofs),
             energies={} if self.gains is None else self.gains.energies,
             pareto=pareto_front(ledger),
+            cost=ledger.problem.cost(kept),
             evaluations=ledger.evaluations,
             by_phase=dict(ledger.by_phase),
             stopped=stopped,

@@ -144,7 +144,8 @@ class SearchProgress:
         evaluations: passes over all samples so far; probes count by their share.
         best: size of the smallest keep-list that passed so far, or None.
         best_drift: its drift.
-        seconds_left: estimated; None where that cannot be said.
+        seconds_left: estimated, of the whole search; None where that cannot be said.
+        fraction: of the whole search that is done, estimated, 0 to 1; None where that cannot be said.
     """
 
     phase: str
@@ -152,6 +153,7 @@ class SearchProgress:
     best: int | None
     best_drift: float | None
     seconds_left: float | None
+    fraction: float | None = None
 
 
 OnProgress = Callable[[SearchProgress], None]

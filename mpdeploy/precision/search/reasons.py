@@ -12,9 +12,10 @@ from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
 from mpdeploy.precision.plan import Reason
 from mpdeploy.precision.range_rules import RANGE_RULES, Tensors
 from mpdeploy.precision.ranges import Ranges
-from mpdeploy.precision.search_graph import Switch
-from mpdeploy.precision.search_soft import Proof
-from mpdeploy.precision.search_types import KeepSet
+from mpdeploy.precision.search.causes import cause_of
+from mpdeploy.precision.search.soft import Proof
+from mpdeploy.precision.search.switch_graph import Switch
+from mpdeploy.precision.search.types import KeepSet
 
 
 def explain(
@@ -44,6 +45,7 @@ def explain(
         proof = without.get(unit)
         if unit in hard or (proof is not None and not math.isfinite(proof.drift_without)):
             reasons += _constant_faults(index, half, unit)
+            reasons += [] if ranges is None else cause_of(index, half, ranges, unit)
     if ranges is not None:
         tensors = Tensors(index, half, ranges)
         for rule in RANGE_RULES:
@@ -52,7 +54,7 @@ def explain(
                     *verdict.nodes,
                     *(f"{side}:{name}" for name in verdict.io for side in ("input", "output")),
                 ):
-                    if unit in found:
+                    if unit in found and not any(reason.kind == "mask" for reason in found[unit]):
                         found[unit].append(Reason(rule.kind, verdict.text))
     for unit, reasons in found.items():
         proof = without.get(unit)

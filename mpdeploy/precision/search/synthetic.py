@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdeploy.files import digest_of_json
-from mpdeploy.precision.search_types import Candidate, Evaluation, KeepSet, Until
+from mpdeploy.precision.search.types import Candidate, Evaluation, KeepSet, Until
 
 NUM_SAMPLES = 32
 ALL_HALF_DRIFT = 2e-3
@@ -25,7 +25,7 @@ ALL_HALF_DRIFT = 2e-3
 
 @dataclass(frozen=True)
 class SyntheticProblem:
-    """A problem (see `search_types.Problem`) and its landscape in one.
+    """A problem (see `types.Problem`) and its landscape in one.
 
     Attributes:
         terms: [num_units, num_samples], energy that a half unit adds on a sample.

@@ -14,7 +14,7 @@ from mpdeploy.precision.emulate import emulate
 from mpdeploy.precision.flow import build_flow, shape_size
 from mpdeploy.precision.plan import PrecisionPlan
 from mpdeploy.precision.rewrite import prepare, rewrite
-from mpdeploy.precision.search_graph import FLAGS, build_switch_graph
+from mpdeploy.precision.search.switch_graph import FLAGS, build_switch_graph
 from tests.precision.conformance_base import normal, weight
 from tests.precision.visible import FP16, graph, named
 

@@ -19,7 +19,6 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mpdeploy.errors import ModelError
 from mpdeploy.precision.flow import Flow, border_key, half_ports
 from mpdeploy.precision.formats import FLOAT, HalfFormat
 from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, all_graphs, constant_tensor
@@ -91,9 +90,6 @@ def build_switch_graph(prepared: ir.Model, half: HalfFormat, flow: Flow) -> Swit
         prepared: the model; it is not changed.
         half: the format that is rounded to.
         flow: its units; those that are fixed are never half.
-
-    Raises:
-        ModelError: a graph input is a graph output itself, which has no tensor that could be switched.
     """
     model = prepared.clone()
     builder = _Builder(model, half, {unit.key for unit in flow.units if not unit.fixed})
@@ -190,8 +186,8 @@ class _Builder:
     def _output_edges(self) -> Iterator[_Edge]:
         for graph in all_graphs(self.model.graph):
             for position, value in enumerate(graph.outputs):
-                if not self._is_computed(value):
-                    continue
+                if not self._is_computed(value) or (value.is_graph_input() and graph is self.model.graph):
+                    continue  # an input that is an output too is given back as it was fed
                 owner = self.index.owner.get(graph)
                 taker = f"output:{value.name}" if owner is None else border_key(self.index.id_of[owner], position)
                 root, needs = self._path(value)
@@ -226,11 +222,6 @@ class _Builder:
 
     def _switch_edge(self, edge: _Edge) -> None:
         value = edge.value
-        if edge.graph is not None and (value.is_graph_input() or value.graph is not edge.graph):
-            raise ModelError(
-                f"'{value.name}' is an output of the graph '{edge.graph.name}' that is not computed in it.",
-                hint="the search rebuilds a session for each candidate then",
-            )
         label = self.index.id_of[edge.node] if edge.node is not None else f"output {value.name}"
         flag = self._flag(Switch(f"{value.name} -> {label}", edge.needs, edge.root.name or ""))
         self.count += 1
@@ -244,7 +235,10 @@ class _Builder:
         chosen = self._if(flag, [narrow, wide], [same], stem)
         made = chosen.outputs[0]
         _declare(made, f"{stem}.value", FLOAT, value.shape)
-        self._place_after(value, chosen)
+        if edge.graph is not None and value.graph is not edge.graph:  # a body gives back a tensor from outside of it
+            edge.graph.append(chosen)
+        else:
+            self._place_after(value, chosen)
         if edge.node is not None:
             for position in edge.positions:
                 edge.node.replace_input_with(position, made)

@@ -39,7 +39,7 @@ REASONS = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = Path("/tmp/zoo_cache")
+    cache = zoo.cache_folder()
     return cache if cache.is_dir() else tmp_path_factory.mktemp("zoo")
 
 
@@ -119,6 +119,18 @@ def test_the_same_seed_gives_the_same_answer_and_a_log_replays(folder: Path, tmp
     assert (tmp_path / "a" / "search.jsonl").read_text() == (tmp_path / "b" / "search.jsonl").read_text()
     assert again.answer.replayed > 10
     assert again.answer.evaluations == pytest.approx(first.answer.evaluations)
+
+
+def test_another_gate_begins_a_new_log_and_keeps_the_old_one(folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(folder, "none")
+    data = _data(tmp_path / "x.npz", model.feeds(32))
+    logs = []
+    for max_drift in (1e-2, 2e-3, 1e-2):
+        search_model(model.path, data=data, max_drift=max_drift, folder=tmp_path / "state")
+        logs.append((tmp_path / "state" / "search.jsonl").read_text())
+    assert logs[0] == logs[2] != logs[1]
+    assert (tmp_path / "state" / "search.1.jsonl").read_text() == logs[0]
+    assert (tmp_path / "state" / "search.2.jsonl").read_text() == logs[1]
 
 
 # ---- gates on a metric
@@ -217,8 +229,10 @@ def test_an_unreachable_gate_ends_with_the_best_reached_and_what_would_be_needed
     assert found.answer.evaluation.drift > 2e-5
     assert found.answer.evaluation.drift < found.answer.all_half.drift
     assert all("Conv" not in entry["op"] for entry in found.entries)
-    named = found.advice[-1]
+    named = found.advice[-2]
     assert named.startswith("FP32 for ")
+    assert found.advice[-1].startswith("measured with FP32 there: ")
+    assert found.advice[-1].endswith("which meets the gate")
     assert "node_Conv_" in named
     assert any("Conv" in name for name, _ in found.dominating[:3])
 
@@ -245,7 +259,7 @@ def test_evaluations_that_run_out_leave_a_valid_keep_list(folder: Path, tmp_path
 SLOW = """
 import sys, time
 from pathlib import Path
-import mpdeploy.searching_problem as problem
+import mpdeploy.searching.problem as problem
 measure = problem.ModelProblem.measure
 def slow(*a, **k):
     time.sleep(0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpdeploy.precision.search_hard import find_hard, find_hub
+from mpdeploy.precision.search.hard import find_hard, find_hub
 
 UNITS = [f"n{i}" for i in range(1000)]
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
 from mpdeploy.precision.keep_list import read_patterns, scopes_of
 from mpdeploy.precision.plan import Reason
-from mpdeploy.precision.search import SearchAnswer
+from mpdeploy.precision.search.driver import SearchAnswer
 
 FORMAT = "mpdeploy keep-list 1"
 _NUMBER = re.compile(r"(?<=[^\d])\d+$")
@@ -83,11 +83,24 @@ def _nth(index: GraphIndex, node: ir.Node) -> int:
 
 
 def keep_list_json(
-    entries: Iterable[Mapping[str, Any]], float_io: Sequence[str], search: Mapping[str, Any]
+    entries: Iterable[Mapping[str, Any]], search: Mapping[str, Any], float_io: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """The document of a keep-list file."""
-    nodes = [dict(entry) for entry in entries if not str(entry["node"]).startswith(("input:", "output:"))]
-    return {"format": FORMAT, "keep": nodes, "float_io": list(float_io), "search": dict(search)}
+    """The document of a keep-list file: nodes under `keep`, graph inputs and outputs under `float_io`.
+
+    Args:
+        entries: what `entry_of` made.
+        search: the numbers of the search.
+        float_io: names of further inputs and outputs that stay FP32, because the user said so.
+    """
+    nodes: list[dict[str, Any]] = []
+    io: dict[str, dict[str, Any]] = {name: {"name": name, "reason": "the user keeps it"} for name in float_io}
+    for entry in entries:
+        side, _, name = str(entry["node"]).partition(":")
+        if side in ("input", "output") and name and "place" not in entry:
+            io[name] = {"name": name, **{key: entry[key] for key in entry if key not in ("node", "op")}}
+        else:
+            nodes.append(dict(entry))
+    return {"format": FORMAT, "keep": nodes, "float_io": list(io.values()), "search": dict(search)}
 
 
 def patterns_for(index: GraphIndex, arguments: Iterable[str]) -> list[tuple[str, str]]:
@@ -106,7 +119,8 @@ def patterns_for(index: GraphIndex, arguments: Iterable[str]) -> list[tuple[str,
 def float_io_in(arguments: Iterable[str]) -> list[str]:
     """Inputs and outputs that the searched keep-lists among `--keep` arguments hold in FP32."""
     documents = (_searched_document(argument) for argument in arguments)
-    return [str(name) for document in documents if document is not None for name in document.get("float_io", [])]
+    named = [entry for document in documents if document is not None for entry in document.get("float_io", [])]
+    return [str(entry["name"]) if isinstance(entry, Mapping) else str(entry) for entry in named]
 
 
 def _searched_entries(argument: str) -> list[Mapping[str, Any] | str] | None:

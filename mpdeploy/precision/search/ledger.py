@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from mpdeploy.errors import UsageError
 from mpdeploy.files import cannot_write, digest_of_json, finite_json
-from mpdeploy.precision.search_types import (
+from mpdeploy.precision.search.types import (
     Evaluation,
     KeepSet,
     Landscape,
@@ -30,6 +30,30 @@ from mpdeploy.precision.search_types import (
 )
 
 LOG_VERSION = 1
+
+
+def set_aside(log: Path, problem: Problem, seed: int) -> Path | None:
+    """Rename a log that belongs to another problem or seed, so that a new one can be begun; returns its new name, None where it fits."""
+    try:
+        with log.open(encoding="utf-8") as file:
+            header = json.loads(file.readline())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        header = None  # no log at all
+    if header == _header_of(problem, seed):
+        return None
+    number = 1
+    while (other := log.with_name(f"{log.stem}.{number}{log.suffix}")).exists():
+        number += 1
+    log.replace(other)
+    return other
+
+
+def _header_of(problem: Problem, seed: int) -> dict[str, Any]:
+    """The first line of a log, as it is read back."""
+    header = {"version": LOG_VERSION, "problem": problem.digest, "limit": problem.limit, "seed": seed}
+    return dict(json.loads(json.dumps(finite_json(header))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +100,8 @@ class Ledger:
         self.replayed = 0
         self.phase = "start"
         self.expected: float | None = None
+        self._later = 0.0
+        self._fresh = 0.0  # evaluations that were measured, not replayed
         self.history: list[tuple[KeepSet, Evaluation]] = []
         self._best: Best | None = None
         self._known: dict[str, Any] = {}
@@ -85,7 +111,7 @@ class Ledger:
         self._on_progress = on_progress
         self._began = time.perf_counter()
         self.limit = problem.limit
-        self._header = {"version": LOG_VERSION, "problem": problem.digest, "limit": problem.limit, "seed": seed}
+        self._header = _header_of(problem, seed)
         self._path = log
         self._file: TextIO | None = None
 
@@ -114,9 +140,10 @@ class Ledger:
         """Until the search is stopped."""
         return self._max_evaluations - self.evaluations
 
-    def start(self, phase: str, expected: float | None = None) -> None:
-        """Name what follows, and how many evaluations it may take, for the progress display."""
+    def start(self, phase: str, expected: float | None = None, later: float = 0.0) -> None:
+        """Name what follows, how many evaluations it may take, and how many come after it, for the progress display."""
         self.phase, self.expected = phase, None if expected is None else self.evaluations + expected
+        self._later = later
         self._tell()
 
     def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
@@ -140,6 +167,7 @@ class Ledger:
             self._check()
             found = self._judged(self.problem.evaluate(kept, samples, until=until))
             self._write({"key": key, "phase": self.phase, "num_kept": len(kept), **found.to_json()})
+            self._fresh += found.share
         self._known[memory] = found
         self._count(found.share)
         if samples is None:
@@ -189,6 +217,7 @@ class Ledger:
         else:
             self._check()
             energy = self.landscape.probe(item, samples)
+            self._fresh += len(samples) / self.landscape.num_samples
             self._write({"key": key, "energy": energy})
         self._count(len(samples) / self.landscape.num_samples)
         self._tell()
@@ -215,9 +244,11 @@ class Ledger:
             raise SearchStoppedError(f"{self.seconds:.0f} s are spent")
 
     def _tell(self) -> None:
-        left = None
-        if self.expected is not None and self.evaluations > 0:
-            left = max(self.expected - self.evaluations, 0.0) * self.seconds / self.evaluations
+        left = fraction = None
+        if self.expected is not None:
+            evaluations = max(self.expected - self.evaluations, 0.0) + self._later
+            fraction = self.evaluations / max(self.evaluations + evaluations, 1e-9)
+            left = evaluations * self.seconds / self._fresh if self._fresh > 0 else None
         best = self._best
         self._on_progress(
             SearchProgress(
@@ -226,6 +257,7 @@ class Ledger:
                 None if best is None else len(best.kept),
                 None if best is None else best.evaluation.drift,
                 left,
+                fraction,
             )
         )
 
@@ -237,7 +269,7 @@ class Ledger:
             for line in lines:
                 with contextlib.suppress(ValueError):
                     whole.append(json.loads(line))
-            if whole and whole[0] != json.loads(json.dumps(finite_json(self._header))):
+            if whole and whole[0] != self._header:
                 raise UsageError(
                     f"The search log {path} belongs to another model, data, gate or seed.",
                     hint="give another --run folder, or remove the log to search anew",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdeploy.precision.search_state import Ledger
+from mpdeploy.precision.search.ledger import Ledger
 
 HARD_ENERGY = 0.25
 """A rounding that alone makes a relative L2 drift of 0.5 is a hard cause, not a part of a budget."""

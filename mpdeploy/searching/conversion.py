@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from mpdeploy.artifact import Array
 from mpdeploy.conversion import Accept, Conversion
 from mpdeploy.data_files import FeedSet
 from mpdeploy.errors import GateFailedError
-from mpdeploy.precision.formats import HalfName
-from mpdeploy.precision.rewrite import count_precisions, rewrite_indexed
+from mpdeploy.precision.formats import FORMATS, HalfName
+from mpdeploy.precision.rewrite import count_precisions
+from mpdeploy.precision.search.islands import rewrite_with_islands
 from mpdeploy.precision.verify import check_strict_types
 from mpdeploy.proving import prove_and_write
-from mpdeploy.searching import search_model
+from mpdeploy.searching.model_search import search_model
 
 
 def convert_searched(
@@ -32,13 +34,14 @@ def convert_searched(
     metric: str | Callable[..., Any] | None = None,
     labels: Path | Array | None = None,
     max_drop: float | None = None,
-    cost: Any = "traffic",
+    cost: str | Mapping[str, float] = "traffic",
+    mixed_half: bool = False,
     state: Path | None = None,
     accept: Accept = lambda drift, precision, facts: None,
     progress: Callable[[str], None] = lambda _: None,
     on_progress: Callable[[Any], None] = lambda _: None,
 ) -> Conversion:
-    """Search, then convert; the arguments are those of `convert` and of `searching.search_model`.
+    """Search, then convert; the arguments are those of `convert` and of `search_model`.
 
     `state` is a folder for the search's log and the keep-list; the same command goes on from there. `on_progress` is told numbers.
 
@@ -48,7 +51,7 @@ def convert_searched(
     begin = time.perf_counter()
     found = search_model(
         model, data=data, keep=keep, precision=precision, keep_io=keep_io, keep_io_names=keep_io_names, max_drift=max_drift,
-        metric=metric, labels=labels, max_drop=max_drop, cost=cost, folder=state, progress=progress, on_progress=on_progress,
+        metric=metric, labels=labels, max_drop=max_drop, cost=cost, mixed_half=mixed_half, folder=state, progress=progress, on_progress=on_progress,
     )  # fmt: skip
     if not found.met:
         advice = "\n".join(f"  {line}" for line in found.advice)
@@ -58,7 +61,7 @@ def convert_searched(
             if state
             else "try --precision bf16, or a wider gate",
         )
-    mixed = rewrite_indexed(found.prepared, found.plan, consume=True)
+    mixed = rewrite_with_islands(found.prepared, found.plan, consume=True)
     check_strict_types(mixed)
     counts = count_precisions(mixed)
     accept(found.confirmed, precision, {"num_kept": len(found.plan.kept)})
@@ -66,7 +69,8 @@ def convert_searched(
     if output is not None:
         progress("proving and writing")
         with tempfile.TemporaryDirectory(prefix="mpdeploy-") as folder:
-            warnings += prove_and_write(model, output, found.plan, mixed, Path(folder))
+            proven = replace(found.plan, half=FORMATS["bf16"]) if found.plan.bf16 else found.plan
+            warnings += prove_and_write(model, output, proven, mixed, Path(folder))
     return Conversion(
         output=output,
         plan=found.plan,
@@ -74,6 +78,6 @@ def convert_searched(
         drift=found.confirmed,
         warnings=tuple(warnings),
         seconds=time.perf_counter() - begin,
-        evaluations=round(found.answer.evaluations, 2),
+        evaluations=round(found.evaluations, 2),
         search=found.to_json(),
     )

@@ -10,7 +10,7 @@ from mpdeploy.errors import KeepListError
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.keep_list import NAME_SCOPES, match_keep_list
 from mpdeploy.precision.plan import Reason
-from mpdeploy.precision.search_file import entry_of, rematch
+from mpdeploy.precision.search.keep_file import entry_of, rematch
 from tests.precision.conformance_base import normal, weight
 from tests.precision.visible import graph
 

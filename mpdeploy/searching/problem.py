@@ -1,0 +1,345 @@
+"""A model as a search problem: every candidate is one run of the switchable emulation, measured against the FP32 answers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpdeploy.artifact import Array, Feeds
+from mpdeploy.data_files import FeedSet
+from mpdeploy.emulated_runs import tensors_of
+from mpdeploy.measure.drift import per_sample
+from mpdeploy.precision.formats import HalfFormat
+from mpdeploy.precision.search.cost import FlowCosts
+from mpdeploy.precision.search.switch_graph import FLAGS, SwitchGraph
+from mpdeploy.precision.search.types import Candidate, Evaluation, KeepSet, Until
+
+LOST_REL_L2 = 0.5
+"""As in `conversion`: above this an output is lost."""
+SUSPICIOUS = 0.05
+"""Relative squared error of a rounding from which its units are suspected of being hard causes."""
+BATCH = 32
+"""Samples of a run."""
+PROBES_AN_ITEM = 1.0
+SAMPLES_A_PROBE = 2
+MAX_VALUES = 1 << 18
+"""Values of a tensor that are looked at for the error it injects."""
+
+Scorer = Callable[[Mapping[str, Array], Sequence[int]], NDArray[np.float64]]
+"""(outputs, sample numbers) -> one score a sample."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A feed with its FP32 answer and the numbers of its samples."""
+
+    feeds: Feeds
+    golden: Mapping[str, Array]
+    samples: tuple[int, ...]
+    split: bool
+
+
+def make_batches(feeds: FeedSet, infer: Callable[[Feeds], Mapping[str, Array]]) -> list[Batch]:
+    """Run the FP32 model once over all samples, in batches large enough that weights are not what is read most."""
+    batches: list[Batch] = []
+    number = 0
+    for feed in _merged(feeds):
+        golden = tensors_of(infer(feed))
+        count = feeds.samples_in(feed)
+        split = bool(feeds.batched) and all(array.ndim and len(array) == count for array in golden.values())
+        count = count if split else 1
+        batches.append(Batch(feed, golden, tuple(range(number, number + count)), split))
+        number += count
+    return batches
+
+
+def _merged(feeds: FeedSet) -> Iterator[Feeds]:
+    """Feeds joined along the sample axis, up to `BATCH` samples."""
+    held: list[Feeds] = []
+    for feed in feeds:
+        fits = held and all(
+            feed[name].shape[1:] == held[0][name].shape[1:]
+            if name in feeds.batched
+            else np.array_equal(feed[name], held[0][name])
+            for name in feed
+        )
+        if held and not (feeds.batched and fits and sum(map(feeds.samples_in, held)) + feeds.samples_in(feed) <= BATCH):
+            yield _joined(held, feeds.batched)
+            held = []
+        held.append(feed)
+    yield _joined(held, feeds.batched)
+
+
+def _joined(held: Sequence[Feeds], batched: frozenset[str]) -> Feeds:
+    return {
+        name: np.concatenate([feed[name] for feed in held]) if name in batched else array
+        for name, array in held[0].items()
+    }
+
+
+@dataclass
+class Model:
+    """What a problem and its landscape share: the session, the answers, and the flow with its costs.
+
+    Attributes:
+        infer: runs the switchable emulation with flags.
+        graph: its switches.
+        costs: labels and prices keep-lists.
+        batches: the data.
+        batched: inputs along whose first axis samples lie.
+        injected: tensor -> relative squared error of rounding it.
+        num_runs: runs of the session so far.
+    """
+
+    infer: Callable[[Feeds], Mapping[str, Array]]
+    graph: SwitchGraph
+    costs: FlowCosts
+    batches: list[Batch]
+    batched: frozenset[str]
+    injected: Mapping[str, float] = field(default_factory=dict)
+    num_runs: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """In all batches."""
+        return sum(len(batch.samples) for batch in self.batches)
+
+    def run(self, batch: Batch, flags: NDArray[np.bool_]) -> Mapping[str, Array]:
+        """Answer a batch with some switches thrown."""
+        self.num_runs += 1
+        return self.infer({**batch.feeds, FLAGS: flags})
+
+    def part(self, samples: Sequence[int]) -> list[Batch]:
+        """Batches that hold these samples only."""
+        wanted = set(samples)
+        found = []
+        for batch in self.batches:
+            rows = [row for row, sample in enumerate(batch.samples) if sample in wanted]
+            if not rows:
+                continue
+            if not batch.split or len(rows) == len(batch.samples):
+                found.append(batch)
+                continue
+            feeds = {name: array[rows] if name in self.batched else array for name, array in batch.feeds.items()}
+            golden = {name: array[rows] for name, array in batch.golden.items()}
+            found.append(Batch(feeds, golden, tuple(batch.samples[row] for row in rows), True))
+        return found
+
+
+class ModelProblem:
+    """See `types.Problem`.
+
+    Args:
+        model: what runs.
+        limit: largest drift, or largest drop of the mean score where a scorer is given.
+        scorer: scores outputs, or None: the drift gates.
+        digest: of model, data, gate and costs.
+        confirm: measures the really rewritten model.
+    """
+
+    def __init__(
+        self, model: Model, *, limit: float, scorer: Scorer | None, digest: str, confirm: Callable[[KeepSet], float]
+    ) -> None:
+        self.confirm = confirm
+        self.model = model
+        self.limit = limit
+        self.digest = digest
+        self.gates_drift = scorer is None
+        self.units = [unit.key for unit in model.costs.flow.units if unit.key in model.costs.free]
+        self._scorer = scorer
+        self._reference = 0.0
+        if scorer is not None:
+            scores = np.concatenate([scorer(batch.golden, batch.samples) for batch in model.batches])
+            self._reference = float(np.nan_to_num(scores, nan=0.0).mean())
+        self._first: int = 0  # the batch that failed last is looked at first
+
+    def canonical(self, kept: KeepSet) -> KeepSet:
+        """Each keep-list is a model of its own: exactly these units are FP32."""
+        return kept
+
+    def cost(self, kept: KeepSet) -> float:
+        """See `FlowCosts.cost`."""
+        return self.model.costs.cost(kept)
+
+    def suspicion(self) -> Mapping[str, float]:
+        """Units at whose tensors or constants rounding alone does great harm."""
+        found: dict[str, float] = {}
+        for switch in self.model.graph.switches:
+            injected = self.model.injected[switch.name]
+            if injected >= SUSPICIOUS:
+                for key in switch.needs:
+                    found[key] = max(found.get(key, 0.0), 0.9 if injected >= 0.25 else 0.6)
+        return found
+
+    def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
+        """Run the batches, the one that failed last first; stop where nothing can change the answer any more."""
+        flags = self.model.graph.flags(self.model.costs.half_keys(kept))
+        return self.measure(flags, samples, until=until)
+
+    def measure(
+        self, flags: NDArray[np.bool_], samples: Sequence[int] | None = None, *, until: Until = "gate"
+    ) -> Evaluation:
+        """The same for flags."""
+        batches = self.model.batches if samples is None else self.model.part(samples)
+        start = min(self._first, len(batches) - 1) if samples is None else 0
+        meter = _Meter(batches)
+        scores: list[NDArray[np.float64]] = []
+        for place in [start, *(i for i in range(len(batches)) if i != start)]:
+            batch = batches[place]
+            found = self.model.run(batch, flags)
+            meter.add(batch, found)
+            if self._scorer is not None and not meter.nonfinite:
+                scores.append(self._scorer(found, batch.samples))
+            if meter.nonfinite or meter.surely_above(LOST_REL_L2) or self._is_decided(meter, until):
+                if samples is None:
+                    self._first = place
+                break
+        drift = meter.drift
+        lost = meter.nonfinite or not drift < LOST_REL_L2
+        measured, passes = drift, drift <= self.limit
+        if self._scorer is not None:
+            known = np.concatenate(scores) if scores else np.zeros(0)
+            nan = bool(np.isnan(known).any())
+            measured = self._reference - float(np.nan_to_num(known, nan=0.0).mean()) if known.size else math.inf
+            passes = not lost and not nan and measured <= self.limit + 1e-12
+        share = meter.num_samples / self.model.num_samples
+        whole = meter.num_samples == sum(len(batch.samples) for batch in batches)
+        return Evaluation(drift, passes and whole and not lost, lost, measured, share)
+
+    def _is_decided(self, meter: _Meter, until: Until) -> bool:
+        return until == "gate" and self.gates_drift and meter.surely_above(self.limit)
+
+
+class _Meter:
+    """Adds up energies per output, and knows what the whole of the golden answers weighs."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        self._golden: dict[str, float] = {}
+        for batch in batches:
+            for name, array in batch.golden.items():
+                usable = np.asarray(array, dtype=np.float64)
+                energy = float(np.square(np.where(np.isfinite(usable), usable, 0.0)).sum())
+                self._golden[name] = self._golden.get(name, 0.0) + energy
+        self._error: dict[str, float] = dict.fromkeys(self._golden, 0.0)
+        self._seen: dict[str, float] = dict.fromkeys(self._golden, 0.0)
+        self.nonfinite = False
+        self.num_samples = 0
+
+    def add(self, batch: Batch, found: Mapping[str, Array]) -> None:
+        self.num_samples += len(batch.samples)
+        for name, golden in batch.golden.items():
+            rows = per_sample(golden, found[name], split=batch.split)
+            self._error[name] += float(rows[0].sum())
+            self._seen[name] += float(rows[1].sum())
+            self.nonfinite |= bool(rows[5].any())
+
+    def surely_above(self, limit: float) -> bool:
+        """Whether no further batch can bring the drift of some output down to the limit."""
+        return any(error > limit**2 * self._golden[name] for name, error in self._error.items())
+
+    @property
+    def energies(self) -> dict[str, float]:
+        """Relative squared error of each output over what was seen."""
+        return {
+            name: (error / self._seen[name] if self._seen[name] else math.inf if error else 0.0)
+            for name, error in self._error.items()
+        }
+
+    @property
+    def drift(self) -> float:
+        """Of the worst output, over what was seen."""
+        return math.inf if self.nonfinite else math.sqrt(max(self.energies.values(), default=0.0))
+
+
+class ModelLandscape:
+    """See `types.Landscape`. Items are the switches; probes use only the samples that are not held out."""
+
+    def __init__(self, model: Model, samples: Sequence[int], weights: Mapping[str, float]) -> None:
+        self._model = model
+        self._samples = list(samples)
+        self._weights = weights
+        self._position = {switch.name: place for place, switch in enumerate(model.graph.switches)}
+        self.items = list(self._position)
+        self.injected = dict(model.injected)
+        self.samples_a_probe = min(SAMPLES_A_PROBE, len(self._samples))
+        self.max_probes = PROBES_AN_ITEM * sum(1 for energy in self.injected.values() if energy > 0)
+
+    @property
+    def num_samples(self) -> int:
+        """That probes may use."""
+        return len(self._samples)
+
+    def probe(self, item: str, samples: Sequence[int]) -> float:
+        """Throw one switch."""
+        flags = np.zeros(len(self.items), dtype=bool)
+        flags[self._position[item]] = True
+        batches = self._model.part([self._samples[sample] for sample in samples])
+        meter = _Meter(batches)
+        for batch in batches:
+            meter.add(batch, self._model.run(batch, flags))
+        if meter.nonfinite:
+            return math.inf
+        return sum(self._weights[name] * energy for name, energy in meter.energies.items())
+
+    def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
+        """See `FlowCosts.front`."""
+        return self._model.costs.front(energies, hard)
+
+    def marginals(self, energies: Mapping[str, float], kept: KeepSet) -> dict[str, float]:
+        """See `FlowCosts.marginals`."""
+        return self._model.costs.marginals(energies, kept)
+
+    def energy(self, energies: Mapping[str, float], kept: KeepSet) -> float:
+        """See `FlowCosts.energy`."""
+        return self._model.costs.energy(energies, kept)
+
+
+def output_weights(model: Model) -> dict[str, float]:
+    """How much each output counts in an energy: those that drift most in all-half are those that gate."""
+    flags = np.ones(len(model.graph.switches), dtype=bool)
+    meter = _Meter(model.batches[:1])
+    meter.add(model.batches[0], model.run(model.batches[0], flags))
+    energies = {name: min(energy, 1.0) if math.isfinite(energy) else 1.0 for name, energy in meter.energies.items()}
+    squares = {name: energy**2 for name, energy in energies.items()}
+    total = sum(squares.values())
+    return {name: square / total if total > 0 else 1.0 / len(squares) for name, square in squares.items()}
+
+
+def measure_injected(
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    half: HalfFormat,
+    open_model: Callable[[Sequence[str]], contextlib.AbstractContextManager[Any]],
+) -> dict[str, float]:
+    """One FP32 pass over some samples: the relative squared error that rounding each named tensor puts in."""
+    error = dict.fromkeys(names, 0.0)
+    energy = dict.fromkeys(names, 0.0)
+    for chunk in _chunks(list(names)):
+        with open_model(chunk) as infer:
+            for batch in batches:
+                for name, array in infer(batch.feeds).items():
+                    flat = np.asarray(array, dtype=np.float32).reshape(-1)
+                    flat = flat[:: max(1, flat.size // MAX_VALUES)]
+                    flat = flat[np.isfinite(flat)]
+                    error[name] += float(np.square(half.rounded(flat).astype(np.float64) - flat).sum())
+                    energy[name] += float(np.square(flat, dtype=np.float64).sum())
+    return {name: error[name] / energy[name] if energy[name] > 0 else 0.0 for name in names}
+
+
+def _chunks(names: list[str], size: int = 128) -> Iterator[list[str]]:
+    for start in range(0, len(names), size):
+        yield names[start : start + size]
+
+
+def held_out_samples(num_samples: int, seed: int) -> tuple[int, ...]:
+    """A quarter of the samples, which no probe sees; none where there are fewer than 8."""
+    if num_samples < 8:
+        return ()
+    order = np.random.default_rng(seed).permutation(num_samples)
+    return tuple(sorted(int(sample) for sample in order[: num_samples // 4]))
