@@ -120,6 +120,9 @@ def run(
         missing = backend(name).available()
         if missing is not None:
             raise UnavailableError(f"The engine '{name}' was asked for: {missing.reason}", hint=missing.hint)
+    for name, options in pipeline.build.options.items():
+        if backend(name).available() is None:
+            backend(name).check_options(options)
     chosen_engines = list(pipeline.build.engines or ENGINES)
     stages = stages_of(pipeline, chosen_engines)
     with termination_raises(), RunDir.create(path or Path("runs") / pipeline.name) as directory:

@@ -333,3 +333,10 @@ def test_ctrl_c_while_a_pipeline_file_loads_is_ctrl_c(tmp_path):
 def test_a_pipeline_file_that_ends_the_process_is_a_fault_of_theirs(tmp_path):
     with pytest.raises(UserCodeError, match="SystemExit"):
         load_pipeline(write(tmp_path, "import sys\nsys.exit(0)\n"))
+
+
+def test_an_entry_of_a_mapping_is_set_by_its_name() -> None:
+    changed = apply_overrides(a_pipeline(), ["build.options.tensorrt.tf32=true", "build.options.openvino.threads=2"])
+    assert changed.build.options == {"tensorrt": {"tf32": True}, "openvino": {"threads": 2}}
+    again = apply_overrides(changed, ["build.shortest.sequence=4"])
+    assert again.build.shortest == {"sequence": 4}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from mpdeploy.config.loading import load_pipeline
 from mpdeploy.config.overrides import apply_overrides
+from mpdeploy.config.parallel import ParallelConfig
 from mpdeploy.config.parity import ParityConfig
 from mpdeploy.config.pipeline import (
     DEFAULT_GATES,
@@ -35,6 +36,7 @@ __all__ = [
     "ExportConfig",
     "Gate",
     "HalfPrecision",
+    "ParallelConfig",
     "ParityConfig",
     "Pipeline",
     "PruningConfig",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -59,9 +59,23 @@ def _replace(section: Any, path: list[str], text: str, key: str) -> Any:
             )
         changed = _replace(by_id[rest[0]], rest[1:], text, key)
         return _validated(section, name, tuple(changed if gate.id == rest[0] else gate for gate in value), key)
+    if rest and isinstance(value, Mapping):
+        return _validated(section, name, _with_entry(value, rest, text), key)
     if rest or isinstance(value, Section):
         raise ConfigError(f"--set {key}: '{name}' has no such part", hint=f"keys: {', '.join(_keys(section)[:8])}")
     return _validated(section, name, _parsed(fields[name].annotation, text, key), key)
+
+
+def _with_entry(value: Mapping[str, Any], path: list[str], text: str) -> dict[str, Any]:
+    """A mapping with the entry at `path` replaced or added: `build.options.tensorrt.tf32=true`."""
+    if len(path) > 1:
+        inner = value.get(path[0], {})
+        return {**value, path[0]: _with_entry(inner if isinstance(inner, Mapping) else {}, path[1:], text)}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = text
+    return {**value, path[0]: found}
 
 
 def _parsed(annotation: Any, text: str, key: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from mpdeploy.config.parallel import ParallelConfig
 from mpdeploy.config.parity import ParityConfig
 from mpdeploy.config.pruning import PruningConfig
 from mpdeploy.config.section import Section, UserFunction
@@ -185,6 +186,8 @@ class TrainConfig(Section):
     """How closely numbers are watched."""
     monitor: MonitorConfig = MonitorConfig()
     """Where the numbers of each step go."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How training is spread over the ranks that torchrun starts."""
     parity: ParityConfig = ParityConfig()
     """How far "AMP equals FP32" is proven."""
     pruning: PruningConfig = PruningConfig()

@@ -71,7 +71,11 @@ def _audit_text(audit: Any) -> str:
     layers = audit.get("layers")
     counts = layers if isinstance(layers, Mapping) else {k: v for k, v in audit.items() if isinstance(v, int | float)}
     parts = [", ".join(f"{count} {precision}" for precision, count in counts.items() if not isinstance(count, bool))]
-    for key, text in (("kept_in_half", "kept, but in half"), ("half_in_fp32", "half, but in FP32")):
+    for key, text in (
+        ("kept_in_half", "kept, but in half"),
+        ("kept_unaccounted", "kept, and no layer answers for it"),
+        ("half_in_fp32", "half, but in FP32"),
+    ):
         found = audit.get(key)
         if isinstance(found, list | tuple) and found:
             parts.append(f"{len(found)} {text}: {', '.join(map(str, found[:4]))}{' ...' if len(found) > 4 else ''}")

@@ -39,6 +39,10 @@ class BuildStage:
 
     def _options(self, context: Context) -> dict[str, Any]:
         given = context.pipeline.build.options.get(self.engine, {})
+        trained = context.run.record("10-train")
+        pruning = trained.report.get("pruning") if trained else None
+        if self.engine.startswith("tensorrt") and pruning and pruning.get("sparse_2_4"):
+            given = {"sparse_weights": True, **given}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     def key(self, context: Context) -> dict[str, Any]:

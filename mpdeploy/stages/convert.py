@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from mpdeploy.artifact import FileArtifact, OnnxModel
 from mpdeploy.data_files import FeedSet
 from mpdeploy.engines import backend
 from mpdeploy.environment import package_version
+from mpdeploy.files import write_json
 from mpdeploy.pipeline import Context, Outcome
 from mpdeploy.precision.formats import HalfName
 from mpdeploy.stages.common import folder_digest, load_splits
@@ -44,6 +47,7 @@ class ConvertStage:
             else {},
             "data": pipeline.data.to_json(),
             "data_folder": folder_digest(pipeline.data.folder),
+            "fp32_modules": list(_fp32_modules(context)),
             "convert": pipeline.convert.to_json(),
             "precisions": list(self.precisions(context)),
             "versions": {name: package_version(name) for name in ("onnx", "onnx-ir", "onnxruntime", "mpdeploy")},
@@ -56,7 +60,8 @@ class ConvertStage:
 
         folder, config = context.run.folder(NAME), context.pipeline.convert
         model = context.run.artifact("20-export", "model")
-        amax = json.loads(context.run.artifact("20-export", "amax").path.read_text(encoding="utf-8"))["tensors"]
+        handed = json.loads(context.run.artifact("20-export", "amax").path.read_text(encoding="utf-8"))
+        keep = _with_fp32_modules(context, config.keep, model.path)
         calibration = load_splits(context.pipeline).calibration.take(slice(0, config.calibration_samples))
         feeds = FeedSet(
             tuple(
@@ -71,7 +76,8 @@ class ConvertStage:
         for number, precision in enumerate(precisions):
             path = folder / f"model.{precision}.onnx"
             done = convert(
-                model.path, data=feeds, keep=config.keep, precision=precision, keep_io=True, output=path, amax=amax,
+                model.path, data=feeds, keep=keep, precision=precision, keep_io=True, output=path,
+                amax=handed["tensors"], amax_modules=handed.get("modules", {}),
                 progress=lambda text, n=number, p=precision: context.progress(n, len(precisions), f"{p}: {text}"),  # type: ignore[misc]
             )  # fmt: skip
             write_plan(folder / f"plan.{precision}.json", done)
@@ -86,3 +92,24 @@ class ConvertStage:
                 key: value for key, value in done.to_json().items() if key not in ("output", "seconds")
             }
         return Outcome(artifacts, report)
+
+
+def _fp32_modules(context: Context) -> Sequence[str]:
+    """Modules that stayed FP32 in training."""
+    trained = context.run.record("10-train")
+    return trained.report.get("fp32_modules", ()) if trained is not None else ()
+
+
+def _with_fp32_modules(context: Context, keep: Sequence[str], model: Path) -> list[str]:
+    """The user's keep-list, and a file of the nodes that training kept in FP32: half there was never tried."""
+    from mpdeploy.export.handover import keep_file_json, nodes_from_modules
+
+    modules = _fp32_modules(context)
+    if not modules:
+        return list(keep)
+    found = nodes_from_modules(model, modules)
+    for module in found.unmapped:
+        context.message(f"fp32_modules: '{module}' has no node in the exported graph")
+    path = context.run.folder(NAME) / "fp32_modules.json"
+    write_json(path, keep_file_json(found))
+    return [*keep, f"@{path}"] if found.nodes else list(keep)

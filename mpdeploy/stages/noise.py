@@ -45,7 +45,8 @@ def engine_noise(context: Context, engine: Engine, dataset: Dataset, config: Val
         assert isinstance(model, OnnxModel)
         with tempfile.TemporaryDirectory(prefix="mpdeploy-rebuild-") as folder:
             profile = profile_of(context, model)
-            rebuilt = backend(engine.backend).build(model, profile, {}, Path(folder))
+            options = context.pipeline.build.options.get(engine.backend, {})
+            rebuilt = backend(engine.backend).build(model, profile, options, Path(folder))
             with backend(engine.backend).load(rebuilt) as runner:
                 facts["noise_rebuild_rel_l2"] = _drift(first, list(_answers(runner, samples, config.batch_size)))
     return facts

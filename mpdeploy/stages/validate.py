@@ -289,7 +289,7 @@ class _Measuring:
         assert isinstance(engine, Engine)
         audit = record.report["audit"]
         facts: dict[str, Any] = {"size_bytes": record.report["bytes"], "realised": audit["realised"]}
-        facts |= {key: audit[key] for key in ("kept_in_half", "half_in_fp32")}
+        facts |= {key: audit[key] for key in ("kept_in_half", "half_in_fp32", "kept_unaccounted")}
         digests = {"artifact": engine.sha256, "source": str(engine.sidecar.get("source_sha256", ""))}
         notes = self._notes(audit_source=audit["source"])
         at = f"engine/{name}"

@@ -21,7 +21,8 @@ from mpdeploy.pipeline import Context, Outcome, Silent
 from mpdeploy.run_dir import RunDir
 from mpdeploy.stages.train import TrainStage
 from mpdeploy.train import precision as train_precision
-from mpdeploy.train.splits import Splits, load_digits
+from mpdeploy.train.data import load_digits
+from mpdeploy.train.splits import Splits
 
 FEATURES, CLASSES = 16, 4
 SIZES = {"train": (0, 96), "early_stopping": (1000, 32), "calibration": (2000, 32), "gate": (3000, 32)}
