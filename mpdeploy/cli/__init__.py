@@ -20,7 +20,9 @@ from mpdeploy.cli import (
     history,
     init,
     inspect,
+    package,
     report,
+    serve,
     train_and_export,
 )  # fmt: skip
 from mpdeploy.errors import MpdeployError, UsageError
@@ -35,7 +37,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for verb in (init, train_and_export, convert, compare, build, bench, inspect, gate, baseline, report, history, doctor):
+for verb in (
+    init,
+    train_and_export,
+    convert,
+    compare,
+    build,
+    bench,
+    inspect,
+    gate,
+    baseline,
+    report,
+    history,
+    package,
+    serve,
+    doctor,
+):
     verb.register(app)
 
 

@@ -1,0 +1,142 @@
+"""A connection that keeps its peer honest: uvicorn's HTTP protocol with limits on the head, on slow senders and on slow readers.
+
+uvicorn has a time limit between requests only: a peer that sends a byte a minute, or never reads its answer, would stay for ever.
+One sweep a second looks at all connections, so that a request costs no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import lru_cache
+from typing import Any
+
+from mpdeploy.errors import MissingExtraError
+from mpdeploy.serve.options import ServerOptions
+
+BODY_BYTES_A_SECOND = 64 * 1024
+"""A body that comes more slowly than this, after its first `body_timeout_s`, is cut off."""
+READ_TIMEOUT_S = 30.0
+"""A peer that takes nothing of its answer for so long is cut off."""
+
+
+@lru_cache(maxsize=1)
+def connection_class() -> type[asyncio.Protocol]:
+    """The protocol class for uvicorn's `http` setting; `limits` on it must be set before it is used.
+
+    Raises:
+        MissingExtraError: uvicorn or httptools is not installed.
+    """
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError as error:
+        raise MissingExtraError.for_extra("uvicorn with httptools", "serve") from error
+
+    class Connection(HttpToolsProtocol):  # type: ignore[misc]
+        """See the module."""
+
+        limits: ServerOptions
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.lost = False
+            self.head_bytes = 0
+            self.body_bytes = 0
+            self.in_head = True
+            self.reading_since: float | None = time.monotonic()
+            self.blocked_since: float | None = None
+            if len(self.connections) > self.limits.max_connections:
+                self.refuse(503, b"too many connections", b"retry-after: 1\r\n")
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.lost = True
+            self.reading_since = self.blocked_since = None
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.in_head:
+                self.head_bytes += len(data)
+                if self.reading_since is None:
+                    self.reading_since = time.monotonic()
+            super().data_received(data)
+            if self.in_head and self.head_bytes > self.limits.max_header_bytes and not self.lost:
+                self.refuse(431, b"the request's head is too large")
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self.scope["mpdeploy.connection"] = self
+            self.in_head = True
+            self.body_bytes = 0
+            self.reading_since = time.monotonic()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            super().on_header(name, value)
+            if len(name) + len(value) > self.limits.max_header_bytes or len(self.headers) > 256:
+                self.head_too_large = True
+
+        head_too_large = False
+
+        def on_headers_complete(self) -> None:
+            self.in_head = False
+            self.head_bytes = 0
+            if self.head_too_large or len(self.url) > self.limits.max_header_bytes:
+                self.refuse(431, b"the request's head is too large")
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self.body_bytes += len(body)
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self.in_head = True
+            self.reading_since = None
+            super().on_message_complete()
+
+        def pause_writing(self) -> None:
+            self.blocked_since = time.monotonic()
+            super().pause_writing()
+
+        def resume_writing(self) -> None:
+            self.blocked_since = None
+            super().resume_writing()
+
+        def is_lost(self) -> bool:
+            """Whether the peer has gone."""
+            return self.lost
+
+        def sweep(self, now: float) -> None:
+            """Cut the peer off if it has used up its time."""
+            if self.blocked_since is not None and now - self.blocked_since > READ_TIMEOUT_S:
+                self.transport.abort()
+            elif self.reading_since is not None:
+                seconds = now - self.reading_since
+                if self.in_head:
+                    if seconds > self.limits.header_timeout_s:
+                        self.refuse(408, b"the request's head took too long")
+                elif seconds > self.limits.body_timeout_s + self.body_bytes / BODY_BYTES_A_SECOND:
+                    self.refuse(408, b"the request's body took too long")
+
+        def refuse(self, status: int, message: bytes, extra: bytes = b"") -> None:
+            """Answer with an error, as far as no answer has begun, and close."""
+            self.reading_since = None
+            if self.transport.is_closing():
+                return
+            if self.cycle is None or not self.cycle.response_started:
+                body = b'{"error":"' + message + b'"}'
+                self.transport.write(
+                    b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
+                    % (status, _REASONS[status], len(body), extra, body)
+                )
+            self.transport.close()
+            if self.cycle is not None and not self.cycle.response_complete:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+
+    return Connection
+
+
+_REASONS = {
+    408: b"Request Timeout",
+    431: b"Request Header Fields Too Large",
+    503: b"Service Unavailable",
+}

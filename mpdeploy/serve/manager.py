@@ -1,0 +1,371 @@
+"""Models by name and the version of each that serves: requests find their way, new versions take over, old ones drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mpdeploy.errors import MpdeployError
+from mpdeploy.serve.instance import Watcher
+from mpdeploy.serve.loading import load_version
+from mpdeploy.serve.messages import (
+    BadRequestError,
+    InferRequest,
+    InferResponse,
+    ModelMetadata,
+    ServeError,
+    UnavailableServeError,
+    UnknownModelError,
+)
+from mpdeploy.serve.metrics import model_key, models_in, of_model
+from mpdeploy.serve.options import ServerOptions
+from mpdeploy.serve.repository import Repository, default_name, digest, stamp_of
+from mpdeploy.serve.selection import Candidate, Selection
+from mpdeploy.serve.shared import Counts, Shared, Wanted
+from mpdeploy.serve.statistics import triton_statistics
+from mpdeploy.serve.version import Version
+from mpdeploy.serve.watching import watchers_of
+
+log = logging.getLogger("mpdeploy.serve")
+
+TICK_S = 0.05
+PUBLISH_EVERY = 10
+"""Ticks between two looks at what the processes share."""
+
+
+class ModelManager:
+    """Every model of this process. Used on one event loop.
+
+    Args:
+        options: of the server.
+        shared: what the processes behind the port share.
+        gauges: more figures of this process, by name.
+    """
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        *,
+        shared: Shared | None = None,
+        gauges: Callable[[], Counts] | None = None,
+    ) -> None:
+        self.options = options
+        self.shared = shared or Shared(None)
+        self.stopping = False
+        self._repository = Repository(options.repository)
+        self._gauges = gauges or dict
+        self._versions: dict[str, Version] = {}
+        self._failed: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        self._draining: list[tuple[str, Version]] = []
+        self._retired: Counts = {}
+        self._generation = 0
+        self._started = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stamp: Any = None
+        self._seen: Any = None
+
+    # -- starting and stopping -----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load what should be served: the run of the options, or what the other processes serve by now.
+
+        Raises:
+            MpdeployError: it cannot be loaded.
+        """
+        wanted = self.shared.wanted()
+        if not wanted.generation:
+            name = self.options.name or default_name(self.options.run)
+            model: dict[str, Any] = {"run": str(self.options.run), "version": 1, "engine": self.options.model.engine}
+            wanted = self.shared.begin({name: model})
+        for name, model in wanted.models.items():
+            self._repository.known.setdefault(name, model["run"])
+            self._put(name, await self._load(name, model))
+        self._generation = wanted.generation
+        self._started = True
+        self._keep(self._tick())
+
+    async def stop(self) -> bool:
+        """Drain every model and close it; whether all of it ended in time."""
+        self.stopping = True
+        ended = [await version.close(self.options.stop_s) for version in self._versions.values()]
+        for task in list(self._tasks):
+            task.cancel()
+        self.shared.write_counts(self.counts())
+        return all(ended)
+
+    # -- what transports call ------------------------------------------------------------------------------------------
+
+    async def infer(self, request: InferRequest) -> InferResponse:
+        """Answer a request.
+
+        Raises:
+            ServeError: of the kind that says what happened.
+        """
+        version = self.version(request.model_name, request.model_version)
+        outputs = await version.infer(request)
+        if request.outputs:
+            outputs = {output.name: outputs[output.name] for output in request.outputs}
+        return InferResponse(version.name, version.number, request.id, outputs)
+
+    def version(self, name: str, version: str | None = None) -> Version:
+        """The version that serves.
+
+        Raises:
+            UnknownModelError: there is none of this name or number.
+        """
+        found = self._versions.get(name)
+        if found is None or (version and version != found.number):
+            raise self._unknown(name, version)
+        return found
+
+    def metadata(self, name: str, version: str | None = None) -> ModelMetadata:
+        """What a client may know of a model.
+
+        Raises:
+            UnknownModelError: there is none of this name or number.
+        """
+        return self.version(name, version).metadata
+
+    def ready(self, name: str, version: str | None = None) -> bool:
+        """Whether a model answers requests now; False where there is none."""
+        found = self._versions.get(name)
+        return found is not None and (not version or version == found.number) and found.ready and not self.stopping
+
+    def server_ready(self) -> bool:
+        """Whether the server should be sent requests."""
+        return self._started and not self.stopping and all(version.ready for version in self._versions.values())
+
+    def index(self) -> list[dict[str, Any]]:
+        """Every model that is loaded, failed to load, or lies in the repository."""
+        listed = {
+            name: {
+                "name": name,
+                "version": version.number,
+                "state": "READY" if version.ready else "UNAVAILABLE",
+                "reason": version.dead or self._failed.get(name, ""),
+            }
+            for name, version in self._versions.items()
+        }
+        for name in (*self._repository.names(), *self._failed):
+            listed.setdefault(
+                name,
+                {"name": name, "version": "", "state": "UNAVAILABLE", "reason": self._failed.get(name, "not loaded")},
+            )
+        return list(listed.values())
+
+    def statistics(self, name: str | None = None, version: str | None = None) -> dict[str, Any]:
+        """Triton's statistics, summed over the processes behind the port.
+
+        Raises:
+            UnknownModelError: there is none of this name or number.
+        """
+        if name:
+            self.version(name, version)
+        counts = self.all_counts()
+        return {
+            "model_stats": [
+                triton_statistics(each, number, of_model(counts, each, number))
+                for each, number in models_in(counts)
+                if each in self._versions and self._versions[each].number == number and name in (None, "", each)
+            ]
+        }
+
+    async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
+        """Load a model, or its next version beside the one that serves, and swap once it is warm.
+
+        Args:
+            name: of the model.
+            parameters: `run`: a run directory inside the repository; without it the model's run is read again.
+                `engine`: this engine and no other.
+
+        Raises:
+            BadRequestError: parameters that mean nothing here.
+            UnknownModelError: no such run directory.
+            ServeError: it cannot be loaded; what served before serves on.
+        """
+        self._may_change()
+        await self._load_next(name, parameters)
+
+    async def _load_next(self, name: str, parameters: Mapping[str, Any]) -> None:
+        with self.shared.changing():
+            models = dict(self.shared.wanted().models)
+            model = self._next(name, parameters, models.get(name))
+            if model is None:
+                return  # its run has not changed
+            try:
+                version = await self._load(name, model)
+            except MpdeployError as error:
+                self._failed[name] = error.message
+                log.error("%s cannot be loaded from %s: %s", name, model["run"], error.message)
+                raise UnavailableServeError(f"{name} cannot be loaded: {error.message}") from error
+            self._put(name, version)
+            models[name] = model
+            self._generation = self.shared.publish(models).generation
+
+    async def unload(self, name: str) -> None:
+        """Stop serving a model, once its requests have been answered.
+
+        Raises:
+            UnknownModelError: there is none of this name.
+        """
+        self._may_change()
+        with self.shared.changing():
+            if name not in self._versions:
+                raise self._unknown(name, None)
+            models = dict(self.shared.wanted().models)
+            models.pop(name, None)
+            self._generation = self.shared.publish(models).generation
+            self._retire(name)
+
+    async def reload(self) -> None:
+        """Read every model's run again and swap where it changed; a run that cannot be loaded changes nothing."""
+        for name in list(self._versions):
+            try:
+                await self._load_next(name, {})
+            except ServeError as error:  # what served before serves on
+                log.error("%s is not read again: %s", name, error.message)
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    def counts(self) -> Counts:
+        """All counters and gauges of this process."""
+        counts: Counts = dict(self._retired)
+        for name, version in (*self._versions.items(), *self._draining):
+            counts |= _counts_of(name, version)
+        counts["gauge/processes"] = 1
+        return counts | self._gauges()
+
+    def all_counts(self) -> Counts:
+        """Those of all processes behind the port."""
+        return self.shared.sum_counts(self.counts())
+
+    def versions(self) -> list[Version]:
+        """Every version that serves."""
+        return list(self._versions.values())
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    async def _load(self, name: str, model: Mapping[str, Any]) -> Version:
+        path = Path(model["run"])
+        found = digest(path)
+        options = replace(self.options.model, engine=model.get("engine"))
+        version = await load_version(
+            name, int(model["version"]), path, options, share=self.options.workers, watchers=self._watchers
+        )
+        self._digests[name] = found
+        return version
+
+    def _watchers(self, selection: Selection, candidate: Candidate) -> tuple[Watcher, ...]:
+        return watchers_of(selection, candidate, self.options.model)
+
+    def _put(self, name: str, version: Version) -> None:
+        """Swap: from here on requests go to `version`; the one before drains."""
+        version.serve()
+        before = self._versions.get(name)
+        self._versions[name] = version
+        self._failed.pop(name, None)
+        notes = version.metadata.notes
+        log.info("%s %s serves: engine %s, verdict %s", name, version.number, notes["engine"], notes["verdict"])
+        if before is not None:
+            self._drain(name, before)
+
+    def _retire(self, name: str) -> None:
+        version = self._versions.pop(name)
+        self._digests.pop(name, None)
+        self._drain(name, version)
+
+    def _drain(self, name: str, version: Version) -> None:
+        async def drain() -> None:
+            await version.close(self.options.stop_s)
+            self._draining.remove((name, version))
+            self._retired |= {key: value for key, value in _counts_of(name, version).items() if "gauge/" not in key}
+            log.info("%s %s has drained", name, version.number)
+
+        self._draining.append((name, version))
+        self._keep(drain())
+
+    def _next(
+        self, name: str, parameters: Mapping[str, Any], current: Mapping[str, Any] | None
+    ) -> dict[str, Any] | None:
+        """What to load, or None where nothing changed."""
+        model = self._repository.asked(name, parameters, current)
+        again = current is not None and (model["run"], model["engine"]) == (current["run"], current.get("engine"))
+        if again and name in self._versions and self._digests.get(name) == digest(Path(model["run"])):
+            return None
+        seen = [int(number) for each, number in models_in(self.all_counts()) if each == name]
+        model["version"] = max([int((current or {}).get("version", 0)), *seen], default=0) + 1
+        return model
+
+    def _may_change(self) -> None:
+        if self.options.read_only:
+            raise BadRequestError("this server is read-only: it loads and unloads nothing")
+        if self.stopping:
+            raise UnavailableServeError("the server is stopping")
+
+    def _unknown(self, name: str, version: str | None) -> Exception:
+        if self.stopping or not self._started:
+            return UnavailableServeError("the server is starting or stopping")
+        if name in self._versions:
+            found = self._versions[name].number
+            return UnknownModelError(f"model '{name}' has no version {str(version)[:40]!r}; {found} is served")
+        return UnknownModelError(f"there is no model {name[:80]!r}; loaded: {', '.join(self._versions) or 'none'}")
+
+    def _keep(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _tick(self) -> None:
+        count = 0
+        while True:
+            await asyncio.sleep(TICK_S)
+            count += 1
+            try:
+                for version in (*self._versions.values(), *(version for _, version in self._draining)):
+                    version.tick()
+                if count % PUBLISH_EVERY == 0:
+                    if not self.shared.alone:
+                        self.shared.write_counts(self.counts())
+                        wanted = self.shared.wanted()
+                        if wanted.generation > self._generation:
+                            self._generation = wanted.generation
+                            self._keep(self._follow(wanted))
+                    if self.options.watch:
+                        self._watch()
+            except Exception:
+                log.exception("a fault of the server's own housekeeping")
+
+    async def _follow(self, wanted: Wanted) -> None:
+        """Serve what another process was told to serve."""
+        for name, model in wanted.models.items():
+            serving = self._versions.get(name)
+            if serving is None or int(serving.number) != int(model["version"]):
+                try:
+                    self._put(name, await self._load(name, model))
+                except MpdeployError as error:
+                    self._failed[name] = error.message
+                    log.error("%s %s cannot be loaded here: %s", name, model["version"], error.message)
+        for name in set(self._versions) - set(wanted.models):
+            self._retire(name)
+
+    def _watch(self) -> None:
+        """Load again what changed, once it has been still between two looks."""
+        stamp = tuple(stamp_of(Path(model["run"])) for model in self.shared.wanted().models.values())
+        if stamp == self._seen:
+            return
+        if stamp == self._stamp:
+            self._seen = stamp
+            self._keep(self.reload())
+        self._stamp = stamp
+
+
+def _counts_of(name: str, version: Version) -> Counts:
+    flat = version.statistics.to_flat() | {"gauge/pending": version.pending}
+    for watcher in version.watchers:
+        flat |= watcher.figures()
+    return {model_key(name, version.number, key): value for key, value in flat.items()}

@@ -1,0 +1,231 @@
+"""One loaded version of a model: its engine's instances, its queue, and how requests pass through them.
+
+Everything here but `Instance`'s own thread runs on the event loop's thread, so counters need no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpdeploy.artifact import Array
+from mpdeploy.serve.batcher import Batcher, Item
+from mpdeploy.serve.contract import Contract
+from mpdeploy.serve.instance import Done, Instance, Watcher
+from mpdeploy.serve.messages import (
+    CancelledRequestError,
+    DeadlineError,
+    InferRequest,
+    ModelMetadata,
+    OverloadedError,
+    ServeError,
+    UnavailableServeError,
+)
+from mpdeploy.serve.options import ModelOptions
+from mpdeploy.serve.selection import Candidate
+from mpdeploy.serve.statistics import Statistics
+from mpdeploy.serve.warmup import Prepared
+
+log = logging.getLogger("mpdeploy.serve")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An engine that runs: what `Version` is made of."""
+
+    candidate: Candidate
+    instances: tuple[Instance, ...]
+    prepared: Prepared
+
+
+class Version:
+    """A version that serves, drains or is closed. Made by `loading.load_version`."""
+
+    def __init__(
+        self,
+        name: str,
+        number: int,
+        loaded: Loaded,
+        metadata: ModelMetadata,
+        options: ModelOptions,
+        watchers: tuple[Watcher, ...],
+    ) -> None:
+        self.name = name
+        self.number = str(number)
+        self.contract: Contract = loaded.prepared.contract
+        self.statistics = Statistics()
+        self.options = options
+        self.watchers = watchers
+        self.pending = 0
+        self.dead: str | None = None
+        self.closing = False
+        self._waking = False
+        self._loop = asyncio.get_running_loop()
+        self._instances = loaded.instances
+        self._texts = tuple(spec.name for spec in self.contract.outputs if spec.dtype == "object")
+        self.metadata = metadata
+        self.batcher = Batcher(
+            self.contract,
+            max_queue=options.max_queue,
+            delay_s=options.delay_ms / 1000,
+            on_dropped=lambda dropped: self._post(self._drop, dropped),
+        )
+
+    def serve(self) -> None:
+        """Let the engines compute."""
+        for instance in self._instances:
+            instance.serve(self.contract, self.batcher)
+
+    async def infer(self, request: InferRequest) -> dict[str, Array]:
+        """Queue a request and wait for its outputs, all of them.
+
+        Raises:
+            ServeError: of the kind that says what happened.
+        """
+        statistics = self.statistics
+        try:
+            if self.dead is not None:
+                raise UnavailableServeError("the engine of this model ended; the server's log says why")
+            arrays, rows, key = self.contract.admit(request)
+            if not rows:
+                answer = self.contract.empty_answer()
+                statistics.answered(0)
+                return answer
+            now = time.monotonic()
+            deadline = now + self.options.deadline_s if request.deadline is None else request.deadline
+            if deadline <= now:
+                raise DeadlineError("the deadline had passed when the request came in")
+            future: asyncio.Future[dict[str, Array]] = self._loop.create_future()
+            self.batcher.submit(Item(arrays, rows, key, future, deadline, request.cancelled))
+        except ServeError as error:
+            statistics.failed(_reason(error))
+            raise
+        self.pending += 1
+        if not self._waking:  # requests that came in together are queued first, and share a batch
+            self._waking = True
+            self._loop.call_soon(self._wake)
+        outputs = await future
+        return self._encoded(outputs) if self._texts else outputs
+
+    def _wake(self) -> None:
+        self._waking = False
+        self.batcher.wake()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it takes requests and an engine computes them."""
+        return not self.closing and self.dead is None
+
+    def tick(self) -> None:
+        """Answer requests whose deadline passed, queued or in an engine that is still busy with them."""
+        dropped = self.batcher.sweep()
+        if dropped:
+            self._drop(dropped)
+        now = time.monotonic()
+        for instance in self._instances:
+            for item in instance.running:
+                if now > item.deadline and not item.future.done():
+                    item.future.set_exception(DeadlineError("the deadline passed while the request was computed"))
+
+    async def close(self, timeout_s: float) -> bool:
+        """Drain, then end the engines' threads; whether all of that ended in time."""
+        self.closing = True
+        begin = time.monotonic()
+        while self.pending and time.monotonic() - begin < timeout_s:
+            await asyncio.sleep(0.005)
+        self.batcher.close()
+        drained = not self.pending
+        left = max(0.1, timeout_s - (time.monotonic() - begin)) if drained else 0.1
+        ended = await asyncio.gather(
+            *(self._loop.run_in_executor(None, instance.join, left) for instance in self._instances)
+        )
+        for watcher in self.watchers:
+            await self._loop.run_in_executor(None, watcher.close)
+        if not drained or not all(ended):
+            log.error("version %s of %s did not end within %g s", self.number, self.name, timeout_s)
+        return drained and all(ended)
+
+    # -- called from the engines' threads ------------------------------------------------------------------------------
+
+    def deliver(self, done: Done) -> None:
+        """Hand what was computed to the event loop."""
+        self._post(self._delivered, done)
+
+    def died(self, error: BaseException) -> None:
+        """An engine's thread ended by itself."""
+        self._post(self._died, error)
+
+    def _post(self, function: Callable[[Any], None], value: Any) -> None:
+        with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, value)
+
+    # -- on the event loop's thread ------------------------------------------------------------------------------------
+
+    def _delivered(self, done: Done) -> None:
+        statistics, now_ns, now = self.statistics, time.monotonic_ns(), time.monotonic()
+        self.pending -= len(done.items)
+        if done.retried:
+            statistics.retried += 1
+        statistics.nonfinite_requests += done.nonfinite
+        if done.failed is not None:
+            for item in done.items:
+                self._fail(item, done.failed, now_ns)
+            return
+        statistics.ran(done.rows, done.size, len(done.items), done.input_ns, done.infer_ns, done.output_ns)
+        for item in done.items:
+            future = item.future
+            if future.done():
+                statistics.failed("CANCELED" if future.cancelled() else "DEADLINE", now_ns - item.queued_ns)
+            elif now > item.deadline:
+                self._fail(item, DeadlineError("the deadline passed while the request was computed"), now_ns)
+            else:
+                future.set_result(item.result)
+                statistics.queue_ns += item.started_ns - item.queued_ns
+                statistics.answered(now_ns - item.queued_ns)
+
+    def _drop(self, dropped: list[tuple[Item, ServeError]]) -> None:
+        now_ns = time.monotonic_ns()
+        self.pending -= len(dropped)
+        for item, error in dropped:
+            self._fail(item, error, now_ns)
+
+    def _fail(self, item: Item, error: ServeError, now_ns: int) -> None:
+        self.statistics.failed(_reason(error), now_ns - item.queued_ns)
+        if not item.future.done():
+            item.future.set_exception(error)
+
+    def _died(self, error: BaseException) -> None:
+        self.dead = f"{type(error).__name__}: {error}"
+        log.critical("an engine of version %s of %s ended: %s", self.number, self.name, self.dead)
+        for instance in self._instances:
+            if instance.ended:
+                held, instance.running = instance.running, []
+                self._drop([(item, UnavailableServeError("the engine ended")) for item in held])
+
+    def _encoded(self, outputs: dict[str, Array]) -> dict[str, Array]:
+        """Outputs with text as `bytes`."""
+        encoded = dict(outputs)
+        for name in self._texts:
+            array = outputs[name]
+            texts = np.empty(array.size, np.object_)
+            for index, item in enumerate(array.ravel()):
+                texts[index] = item.encode() if isinstance(item, str) else item
+            encoded[name] = texts.reshape(array.shape)
+        return encoded
+
+
+def _reason(error: ServeError) -> str:
+    if isinstance(error, OverloadedError):
+        return "REJECTED"
+    if isinstance(error, CancelledRequestError):
+        return "CANCELED"
+    if isinstance(error, DeadlineError):
+        return "DEADLINE"
+    return "BACKEND" if error.status == 500 else "OTHER"
