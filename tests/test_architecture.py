@@ -50,8 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": {"engines", "gates"} | GROUND,
     "train_and_export": {"gates", "pipeline", "report", "stages"} | CAN_RUN,
 }  # fmt: skip
-# what the verbs call (`building.py`, `conversion.py`, ...): any file at the top that has no row of its own
-CALLED = {path.stem for path in HOUSE.glob("*.py")} - set(MAY_IMPORT)
+# what the verbs call (`building.py`, `conversion.py`, ...): any file at the top that has no row of its own, and the search on models
+CALLED = ({path.stem for path in HOUSE.glob("*.py")} | {"searching"}) - set(MAY_IMPORT)
 MAY_IMPORT |= dict.fromkeys(CALLED, CALLED | CAN_RUN)
 MAY_IMPORT["stages"] |= CALLED
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__", "stages", "train", "export", "precision"}
@@ -60,7 +60,7 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"__main__", "stages", "train", "export", 
 ROOM_OF_LIBRARY: dict[str, tuple[str, ...]] = {
     "torch": ("train/", "export/", "stages/", "engines/tensorrt/", "engines/pytorch.py"),
     "safetensors": ("train/", "export/"),
-    "sklearn": ("train/splits.py",),
+    "sklearn": ("train/data/digits.py",),
     "onnxruntime": ("engines/onnxruntime.py",),
     "openvino": ("engines/openvino.py",),
     "tensorrt": ("engines/tensorrt/",),
@@ -79,12 +79,14 @@ ROOM_OF_LIBRARY: dict[str, tuple[str, ...]] = {
     "grpc_tools": ("serve/",),
     "opentelemetry": ("serve/",),
     "ray": ("serve/",),
+    "tritonclient": ("serve/package/",),
     "yaml": ("serve/",),
     "tensorboard": ("train/",),
     "wandb": ("train/",),
     "pyarrow": ("train/",),
     "datasets": ("train/",),
     "transformers": ("train/",),
+    "PIL": ("train/data/images.py",),
 }
 # library -> where it may be imported when a module is loaded, and not only when a function runs
 LOADED_WITH_MODULE: dict[str, tuple[str, ...]] = {

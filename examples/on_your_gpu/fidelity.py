@@ -1,0 +1,165 @@
+"""Part 2: is the emulated drift what half-precision hardware shows? The same mixed models, in real half on the GPU."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import Session
+from torch import nn
+
+from mpdeploy.building import build
+from mpdeploy.conversion import convert
+from mpdeploy.emulated_runs import emulated_runner
+from mpdeploy.engines import ENGINES, backend
+from mpdeploy.engines.onnxruntime import OrtRunner, loads_cuda
+from mpdeploy.errors import MpdeployError
+from mpdeploy.precision.formats import FORMATS
+from mpdeploy.precision.model_io import load_model, save_model
+from mpdeploy.precision.plan import make_plan
+from mpdeploy.precision.rewrite import prepare, rewrite
+
+NUM_SAMPLES = 32
+LOST = 0.5
+# Where torch's half modules store what hardware stores; others compute parts in FP32 of their own accord (RMSNorm, rotary angles).
+TORCH_JUDGES = (
+    "resnet", "mobilenetv2", "convnext", "vit", "swin", "segformer", "bert", "gpt2", "whisper_encoder", "wav2vec2",
+)  # fmt: skip
+DRY_ARCHITECTURES = ("resnet", "bert", "mobilenetv2_uncalibrated")
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def rel_l2(found: Arrays, golden: Arrays) -> float:
+    """Of the worst output, in float64; infinite where a value is not finite."""
+    worst = 0.0
+    for name, expected in golden.items():
+        if not np.isfinite(found[name]).all():
+            return float("inf")
+        difference = np.linalg.norm(found[name].astype(np.float64) - expected.astype(np.float64))
+        worst = max(worst, float(difference / np.linalg.norm(expected.astype(np.float64))))
+    return worst
+
+
+def fidelity(session: Session) -> dict[str, Any]:
+    """A row for each architecture and precision: emulated drift, and the drift of each runtime that computes half here."""
+    from tests import zoo
+
+    names = [name for name in zoo.NAMES if not session.dry or name in DRY_ARCHITECTURES]
+    rows: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            for precision in ("fp16", "bf16"):
+                row = session.measured(
+                    f"fidelity {name} {precision}",
+                    lambda name=name, precision=precision: _row(session, zoo, name, precision, Path(folder)),
+                    needs_s=20,
+                )
+                if row is not None:
+                    rows[f"{name} {precision}"] = row
+    return rows
+
+
+def _row(session: Session, zoo: Any, name: str, precision: str, folder: Path) -> dict[str, Any]:
+    model = zoo.export(name, folder)
+    if model is None:
+        raise FileNotFoundError(f"the weights of {name} are not installed")
+    feeds = model.feeds(4 if session.dry else NUM_SAMPLES, 5)
+    np.savez(folder / "feeds.npz", **feeds)
+    with OrtRunner(model.path) as runner:
+        golden = dict(runner.infer(feeds))
+    row: dict[str, Any] = {"output_values": int(sum(array.size for array in golden.values()))}
+    mixed = folder / f"{name}.{precision}.onnx"
+    if model.signal_lost_in_half:  # everything half, by hand: the question is whether both say that nothing is left
+        save_model(_all_half(model.path, precision), mixed)
+    else:
+        convert(model.path, data=str(folder / "feeds.npz"), precision=precision, keep_io=True, output=mixed)  # type: ignore[arg-type]
+    with emulated_runner(load_model(mixed)) as runner:
+        row["emulated"] = rel_l2(runner.infer(_widened(feeds, runner.inputs)), golden)
+    row["engines"] = {}
+    for engine in ENGINES:
+        with _opened(session, engine, mixed, feeds, folder) as opened:
+            if opened is None:
+                continue
+            drift = rel_l2(opened.infer(feeds), golden)
+            row["engines"][engine] = _judged(row["emulated"], drift)
+    if name in TORCH_JUDGES:
+        with emulated_runner(_all_half(model.path, precision)) as runner:
+            row["emulated_all_half"] = rel_l2(runner.infer(_widened(feeds, runner.inputs)), golden)
+        drift = rel_l2(_torch_answers(session, zoo, name, precision, feeds, list(golden)), golden)
+        row["torch_all_half"] = _judged(row["emulated_all_half"], drift)
+    return row
+
+
+def _judged(emulated: float, real: float) -> dict[str, Any]:
+    both_lost = (emulated > LOST) == (real > LOST)
+    ratio = emulated / real if np.isfinite(real) and np.isfinite(emulated) and real > 0 else None
+    return {"drift": real, "ratio": ratio, "same_answer_on_lost": both_lost}
+
+
+def _all_half(path: Path, precision: str) -> Any:
+    half = FORMATS[precision]
+    prepared = prepare(load_model(path), half)
+    return rewrite(prepared, make_plan(prepared.index, half))
+
+
+def _widened(feeds: Arrays, inputs: Any) -> dict[str, np.ndarray]:
+    floats = {spec.name for spec in inputs if spec.dtype == "float32"}
+    return {name: array.astype(np.float32) if name in floats else array for name, array in feeds.items()}
+
+
+@contextmanager
+def _opened(session: Session, engine: str, model: Path, feeds: Arrays, folder: Path) -> Iterator[Any]:
+    """A runner that computes half on the GPU, or None with the reason noted once; on a dry run the CPU's runners stand in."""
+    row = backend(engine)
+    missing = row.available() or row.can_run()
+    on_gpu = engine in ("tensorrt", "tensorrt-rtx") or (engine == "onnxruntime" and loads_cuda() is None)
+    if missing is not None or (not on_gpu and not session.dry):
+        why = missing.reason if missing is not None else "it computes on the CPU here, and not in half"
+        note = {"what": f"fidelity in {engine}", "why": why}
+        if note not in session.skipped:
+            session.skipped.append(note)
+        yield None
+        return
+    target = folder / f"{model.stem}.{engine}"
+    try:
+        built, _ = build(model, engine, target, data=str(folder / "feeds.npz"))
+    except MpdeployError as error:
+        session.skip(f"{model.stem} in {engine}", error.message.splitlines()[0])
+        yield None
+        return
+    with row.load(built) as runner:
+        yield runner
+
+
+def _torch_answers(
+    session: Session, zoo: Any, name: str, precision: str, feeds: Arrays, outputs: list[str]
+) -> dict[str, np.ndarray]:
+    """torch's half modules on the same weights, BatchNorm folded as the exported graph has it."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        module = _folded(zoo.RECIPES[name].build()).to(dtype).to(session.device)
+        given = [torch.from_numpy(array).to(session.device) for array in feeds.values()]
+        answered = module(*(x.to(dtype) if x.is_floating_point() else x for x in given))
+    answered = answered if isinstance(answered, tuple) else (answered,)
+    return {name: value.float().cpu().numpy() for name, value in zip(outputs, answered, strict=True)}
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    for parent in module.modules():
+        for (first, conv), (second, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, first, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, second, nn.Identity())
+    return module
