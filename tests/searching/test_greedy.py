@@ -21,8 +21,7 @@ FP16 = FORMATS["fp16"]
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = zoo.cache_folder()
-    return cache if cache.is_dir() else tmp_path_factory.mktemp("zoo")
+    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
 
 
 def greedy(path: Path, data: str, share: float, cost: str) -> tuple[float, frozenset[str], float, int]:

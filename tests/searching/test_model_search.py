@@ -39,8 +39,7 @@ REASONS = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = zoo.cache_folder()
-    return cache if cache.is_dir() else tmp_path_factory.mktemp("zoo")
+    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
 
 
 def feed_set(model: Path, data: str) -> FeedSet:

@@ -41,8 +41,7 @@ REASONS = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cache = zoo.cache_folder()
-    return cache if cache.is_dir() else tmp_path_factory.mktemp("zoo")
+    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
 
 
 def _written(folder: Path, kinds: Collection[str], tmp_path: Path) -> tuple[Path, str]:
