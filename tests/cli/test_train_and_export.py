@@ -314,7 +314,7 @@ def test_a_full_disk_exits_20_keeps_what_was_finished_and_goes_on_when_there_is_
     disk.mkdir()
     used = sum(path.stat().st_size // 4096 * 4 + 4 for path in run_copy.rglob("*"))
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={used + 12}k", "tmpfs", disk], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={used + 200}k", "tmpfs", disk], capture_output=True, check=False
     )
     if mounted.returncode != 0:
         pytest.skip("mounting a tmpfs needs root")

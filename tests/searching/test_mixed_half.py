@@ -21,6 +21,7 @@ from mpdeploy.precision.model_io import input_specs, load_model
 from mpdeploy.precision.rewrite import count_precisions
 from mpdeploy.precision.search.islands import rewrite_with_islands
 from mpdeploy.searching import search_model
+from tests import zoo
 from tests.searching.planted import KINDS, PLANTED, planted_classifier, planted_feeds
 
 
