@@ -182,8 +182,12 @@ def is_engine(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def open_runner(path: Path, *, engine: str | None = None, emulate: bool = False) -> Iterator[Runner]:
+def open_runner(
+    path: Path, *, engine: str | None = None, emulate: bool = False, half_sums: bool = False
+) -> Iterator[Runner]:
     """Open anything that can run: a built engine, a program of torch.export, or an ONNX file in ONNX Runtime, in `engine`, or emulated.
+
+    With `half_sums` it is emulated as on an engine that sums in half.
 
     Raises:
         UsageError: `emulate` of something that is no ONNX file.
@@ -209,7 +213,7 @@ def open_runner(path: Path, *, engine: str | None = None, emulate: bool = False)
             from mpdeploy.emulated_runs import emulated_runner
             from mpdeploy.precision.model_io import load_model
 
-            yield stack.enter_context(emulated_runner(load_model(path)))
+            yield stack.enter_context(emulated_runner(load_model(path), half_sums=half_sums))
             return
         elif engine is None:
             from mpdeploy.engines.onnxruntime import OrtRunner

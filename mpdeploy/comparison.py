@@ -37,7 +37,13 @@ class Comparison:
 
 
 def compare(
-    reference: Path, candidate: Path, *, data: str | FeedSet, emulate: bool = False, engine: str | None = None
+    reference: Path,
+    candidate: Path,
+    *,
+    data: str | FeedSet,
+    emulate: bool = False,
+    half_sums: bool = False,
+    engine: str | None = None,
 ) -> Comparison:
     """Drift of `candidate` against `reference` on the samples of `data`.
 
@@ -46,11 +52,14 @@ def compare(
         candidate: likewise.
         data: see `data_files`.
         emulate: round the candidate's half tensors as half hardware would.
+        half_sums: with `emulate`: store sums inside means and norms in half too, the worst an engine may do.
         engine: run the candidate, an ONNX file, in this engine.
 
     Raises:
         ModelError, DataError, UnavailableError, BuildError.
     """
+    if half_sums and not emulate:
+        raise UsageError("--half-sums goes with --emulate.", hint="add --emulate")
     warnings: list[str] = []
     precision = _precision_of(candidate)
     if candidate.suffix == ".onnx" and not is_engine(candidate) and not emulate and engine in (None, "onnxruntime"):
@@ -61,7 +70,10 @@ def compare(
             if engine is None or loads_cuda() is not None:
                 warnings.append(f"{candidate.name} is a {half} model. {BLIND}")
     meter, count = DriftMeter(), 0
-    with open_runner(reference) as golden, open_runner(candidate, engine=engine, emulate=emulate) as found:
+    with (
+        open_runner(reference) as golden,
+        open_runner(candidate, engine=engine, emulate=emulate, half_sums=half_sums) as found,
+    ):
         feeds = data if isinstance(data, FeedSet) else load_feeds(data, golden.inputs, where=str(reference))
         for feed in feeds:
             expected = tensors_of(golden.infer(feed))

@@ -7,6 +7,7 @@ arrays hold many samples along it and are split; else an array whose shape fits 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -207,3 +208,24 @@ def load_labels(path: Path) -> Array:
     if len(arrays) != 1:
         raise DataError(f"{path} must hold one array of labels, found: {', '.join(arrays) or 'none'}.")
     return next(iter(arrays.values()))
+
+
+def load_amax(path: Path) -> dict[str, dict[str, Any]]:
+    """Ranges that training recorded, as `convert` takes them: `amax` (tensor -> largest magnitude) and `amax_modules`.
+
+    Args:
+        path: `20-export/amax.json` of a run, or a file of the same form: {"tensors": {NAME: number}, "modules": {NAME: module}}.
+
+    Raises:
+        DataError: it cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        tensors = {str(name): float(value) for name, value in found["tensors"].items()}
+        modules = {str(name): str(module) for name, module in found.get("modules", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} holds no ranges: {type(error).__name__}: {error}.",
+            hint='give 20-export/amax.json of a run, or {"tensors": {"TENSOR": 123.0}}',
+        ) from error
+    return {"amax": tensors, "amax_modules": modules}

@@ -21,7 +21,7 @@ from mpdeploy.config import Pipeline, load_pipeline
 from mpdeploy.train.loop import train
 from mpdeploy.train.memory import SavedBytes
 from mpdeploy.train.parity import held_out_answers
-from mpdeploy.train.precision import PrecisionChoice, autocast
+from mpdeploy.train.precision import PrecisionChoice, autocast, float32_arithmetic
 from mpdeploy.train.splits import Splits
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
@@ -107,10 +107,11 @@ class Steps:
     def step(self) -> None:
         """Forward, backward, update."""
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.choice):
-            outputs = self.call(*self.inputs)
-        loss = nn.functional.cross_entropy(outputs.float(), self.labels)
-        self.scaler.scale(loss).backward()
+        with float32_arithmetic(self.choice):
+            with autocast(self.choice):
+                outputs = self.call(*self.inputs)
+            loss = nn.functional.cross_entropy(outputs.float(), self.labels)
+            self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

@@ -21,6 +21,7 @@ from mpdeploy.engines import ENGINES, backend
 from mpdeploy.engines.onnxruntime import OrtRunner
 from mpdeploy.export.to_onnx import export_onnx
 from mpdeploy.measure.latency import measure_one
+from mpdeploy.train.precision import PrecisionChoice, float32_arithmetic
 
 GRAPHS = ("tensorrt", "tensorrt-rtx")
 
@@ -105,7 +106,8 @@ def _torch_row(
     # a CPU's autocast to FP16 is no path that anyone takes: BF16 stands in on a dry run
     dtype = torch.bfloat16 if precision is not None and session.device == "cpu" else precision
     times = []
-    with torch.inference_mode(), torch.autocast(session.device, dtype=dtype, enabled=dtype is not None):
+    fp32 = float32_arithmetic(PrecisionChoice("fp32", session.device, "no TF32 unless it is said", {}))
+    with fp32, torch.inference_mode(), torch.autocast(session.device, dtype=dtype, enabled=dtype is not None):
         for _ in range(2 if session.dry else 20):
             answer = call(*given)
         for _ in range(5 if session.dry else 300):

@@ -82,7 +82,7 @@ def _row(session: Session, zoo: Any, name: str, precision: str, folder: Path) ->
     else:
         convert(model.path, data=str(folder / "feeds.npz"), precision=precision, keep_io=True, output=mixed)  # type: ignore[arg-type]
     with emulated_runner(load_model(mixed)) as runner:
-        row["emulated"] = rel_l2(runner.infer(_widened(feeds, runner.inputs)), golden)
+        row["emulated"] = rel_l2(runner.infer(feeds), golden)
     row["engines"] = {}
     for engine in ENGINES:
         with _opened(session, engine, mixed, feeds, folder) as opened:
@@ -92,7 +92,7 @@ def _row(session: Session, zoo: Any, name: str, precision: str, folder: Path) ->
             row["engines"][engine] = _judged(row["emulated"], drift)
     if name in TORCH_JUDGES:
         with emulated_runner(_all_half(model.path, precision)) as runner:
-            row["emulated_all_half"] = rel_l2(runner.infer(_widened(feeds, runner.inputs)), golden)
+            row["emulated_all_half"] = rel_l2(runner.infer(feeds), golden)
         drift = rel_l2(_torch_answers(session, zoo, name, precision, feeds, list(golden)), golden)
         row["torch_all_half"] = _judged(row["emulated_all_half"], drift)
     return row
@@ -107,12 +107,8 @@ def _judged(emulated: float, real: float) -> dict[str, Any]:
 def _all_half(path: Path, precision: str) -> Any:
     half = FORMATS[precision]
     prepared = prepare(load_model(path), half)
-    return rewrite(prepared, make_plan(prepared.index, half))
-
-
-def _widened(feeds: Arrays, inputs: Any) -> dict[str, np.ndarray]:
-    floats = {spec.name for spec in inputs if spec.dtype == "float32"}
-    return {name: array.astype(np.float32) if name in floats else array for name, array in feeds.items()}
+    kept_io = [value.name or "" for value in (*prepared.model.graph.inputs, *prepared.model.graph.outputs)]
+    return rewrite(prepared, make_plan(prepared.index, half, float_io=kept_io))
 
 
 @contextmanager

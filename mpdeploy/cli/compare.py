@@ -17,6 +17,10 @@ def compare(
     emulate: Annotated[
         bool, typer.Option("--emulate", help="Round the candidate's half tensors as half hardware would.")
     ] = False,
+    half_sums: Annotated[
+        bool,
+        typer.Option("--half-sums", help="With --emulate: sums inside means and norms are half too, the worst case."),
+    ] = False,
     engine: EngineName = None,
     max_drift: Annotated[float | None, typer.Option(metavar="REL_L2", help="Above it: exit 10.")] = None,
     as_json: Json = False,
@@ -26,7 +30,7 @@ def compare(
     from mpdeploy.errors import GateFailedError
     from mpdeploy.gates.project import project_gates_accept
 
-    found = measure(reference, candidate, data=data, emulate=emulate, engine=engine)
+    found = measure(reference, candidate, data=data, emulate=emulate, half_sums=half_sums, engine=engine)
     for warning in found.warnings:
         console().print(f"[yellow]warning:[/] {plain(warning)}")
     if as_json:

@@ -19,6 +19,12 @@ def convert(
             "--keep", metavar="PATTERN|@FILE", help="Nodes that stay FP32: name, glob, op:TYPE, scope:MODULE, @FILE."
         ),
     ] = None,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="amax.json", help="What training saw (20-export/amax.json of a run), merged with --data's."
+        ),
+    ] = None,
     precision: Annotated[str, typer.Option(help="fp16 or bf16.")] = "fp16",
     max_drift: Annotated[
         float | None,
@@ -65,6 +71,7 @@ def convert(
     from mpdeploy.cli.search_bar import SearchBar
     from mpdeploy.conversion import convert as run_conversion
     from mpdeploy.conversion import record_conversion
+    from mpdeploy.data_files import load_amax
     from mpdeploy.errors import UsageError
     from mpdeploy.gates.project import project_gates_accept
     from mpdeploy.run_dir import RunDir
@@ -77,6 +84,8 @@ def convert(
     if not search and (mixed_half or cost != "traffic"):
         raise UsageError(f"{'--mixed-half' if mixed_half else '--cost'} goes with --search.", hint="add --search")
     check_cost(cost)
+    if search and ranges is not None:
+        raise UsageError("--ranges goes with plain convert.", hint="a search measures each node and needs no ranges")
     if precision not in ("fp16", "bf16"):
         raise UsageError(f"--precision {precision}: there is no such half precision.", hint="give fp16 or bf16")
     target = output or (
@@ -100,7 +109,7 @@ def convert(
                 on_progress=bar.searching,
             )  # fmt: skip
         else:
-            done = run_conversion(model, **common)
+            done = run_conversion(model, **common, **({} if ranges is None else load_amax(ranges)))
     if run is not None:
         record_conversion(run, model, done)
     for warning in done.warnings:

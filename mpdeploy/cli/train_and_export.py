@@ -32,11 +32,14 @@ def train_and_export(
     as_json: Json = False,
 ) -> None:
     """Train, export, convert, build and validate; finished stages are skipped. The exit code is the verdict."""
+    from mpdeploy import distributed
     from mpdeploy.config import apply_overrides, load_pipeline
-    from mpdeploy.distributed import leave_unless_rank_0
 
     chosen = apply_overrides(load_pipeline(pipeline), overrides or ())
-    leave_unless_rank_0()
+    if distributed.rank() != 0:
+        from mpdeploy.train_and_export import follow
+
+        follow(chosen)
     from mpdeploy.cli.live import LiveListener, summary_table
     from mpdeploy.train_and_export import result_json
     from mpdeploy.train_and_export import run as run_pipeline

@@ -23,7 +23,7 @@ from mpdeploy.artifact import Array, Engine, Feeds, OnnxModel, TensorSpec
 from mpdeploy.engines.accounting import Nodes, spread
 from mpdeploy.engines.base import Audit, Layer, Profile, Unavailable
 from mpdeploy.engines.host import HostRunner, Specs, one_line
-from mpdeploy.engines.options import OptionRow, one_of, option, options_to_json, read_options, rows_of, whole
+from mpdeploy.engines.options import FLAG, OptionRow, one_of, option, options_to_json, read_options, rows_of, whole
 from mpdeploy.engines.sidecar import check_library, described, written
 from mpdeploy.environment import gpus
 from mpdeploy.errors import BuildError, MissingExtraError, StageFailedError, UnavailableError
@@ -53,6 +53,9 @@ class OrtOptions:
     """How a session is made."""
 
     provider: str = option("auto", one_of("auto", "cpu", "cuda"), "auto: CUDA where its provider really loads.")
+    tf32: bool = option(
+        False, FLAG, "CUDA: let FP32 products and convolutions run in TF32, the provider's own default."
+    )
     threads: int | None = option(None, whole(1), "Threads of one operator; by default one a physical core.")
     inter_op_threads: int | None = option(
         None, whole(1), "Run independent operators at once, on so many threads; by default one after the other."
@@ -99,6 +102,11 @@ def loads_cuda() -> str | None:
     return None if session.get_providers()[0] == CUDA else "the CUDA provider was listed but fell back to the CPU"
 
 
+def _provider(name: str, options: OrtOptions | None) -> str | tuple[str, dict[str, str]]:
+    """A provider with its options: CUDA's computes FP32 nodes in TF32 unless it is told not to."""
+    return (name, {"use_tf32": "1" if options is not None and options.tf32 else "0"}) if name == CUDA else name
+
+
 def _session_options(ort: Any, options: OrtOptions | None = None, *, optimise: bool = True) -> Any:
     made = ort.SessionOptions()
     made.log_severity_level = 4
@@ -142,7 +150,7 @@ class OrtRunner(HostRunner):
         ort = _library()
         made = _session_options(ort, self._options, optimise=self._optimise)
         try:
-            session = ort.InferenceSession(str(self.path), made, providers=[self._provider])
+            session = ort.InferenceSession(str(self.path), made, providers=[_provider(self._provider, self._options)])
         except Exception as error:  # ONNX Runtime raises types of its own extension module
             raise BuildError(
                 f"ONNX Runtime {ort.__version__} cannot load {self.path}: {one_line(error)}",
@@ -275,7 +283,7 @@ class OnnxRuntimeBackend:
             made.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
             made.optimized_model_filepath = str(temporary)
             try:
-                session = ort.InferenceSession(str(model.path), made, providers=[provider])
+                session = ort.InferenceSession(str(model.path), made, providers=[_provider(provider, chosen)])
             except Exception as error:  # ONNX Runtime raises types of its own extension module
                 writing = "serialization failed" in str(error).lower()
                 raise BuildError(
