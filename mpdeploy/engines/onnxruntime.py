@@ -53,15 +53,15 @@ class OrtOptions:
     """How a session is made."""
 
     provider: str = option("auto", one_of("auto", "cpu", "cuda"), "auto: CUDA where its provider really loads.")
-    tf32: bool = option(
-        False, FLAG, "CUDA: let FP32 products and convolutions run in TF32, the provider's own default."
-    )
     threads: int | None = option(None, whole(1), "Threads of one operator; by default one a physical core.")
     inter_op_threads: int | None = option(
         None, whole(1), "Run independent operators at once, on so many threads; by default one after the other."
     )
     spinning: str = option(
         "auto", one_of("auto", "on", "off"), "Whether idle threads spin: faster answers for a busier CPU."
+    )
+    tf32: bool = option(
+        False, FLAG, "CUDA: let FP32 products and convolutions run in TF32, the provider's own default."
     )
 
 
