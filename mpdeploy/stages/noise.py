@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,35 +65,21 @@ def tf32_noise(context: Context, dataset: Dataset, config: ValidationConfig) -> 
         return {"missing": "TF32 is a mode of NVIDIA GPUs, and torch sees none here"}
     from mpdeploy.train.checkpoint import load_weights
     from mpdeploy.train.loop import make_model
+    from mpdeploy.train.precision import PrecisionChoice, float32_arithmetic
 
     samples = dataset.take(slice(0, MAX_SAMPLES))
     model = make_model(context.pipeline.train, "cuda")
     load_weights(model, context.run.artifact("10-train", "model").path)
     model.eval()
     answers = []
-    for allowed in (False, True):
-        with _tf32(allowed), torch.inference_mode():
+    for precision in ("fp32", "tf32"):
+        with float32_arithmetic(PrecisionChoice(precision, "cuda", "a noise floor", {})), torch.inference_mode():
             parts = [
                 model(*(torch.from_numpy(np.ascontiguousarray(array)).cuda() for array in feeds.values()))
                 for feeds in samples.batches(config.batch_size)
             ]
         answers.append([_named(part, context.pipeline.export.output_names) for part in parts])
     return {"rel_l2": _drift(*answers)}
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Matrix products and cuDNN's convolutions in TF32, or really in FP32 (cuDNN's are in TF32 unless told otherwise)."""
-    import torch
-
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _named(answer: Any, names: Sequence[str]) -> dict[str, Array]:
