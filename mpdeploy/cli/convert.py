@@ -109,7 +109,8 @@ def convert(
                 on_progress=bar.searching,
             )  # fmt: skip
         else:
-            done = run_conversion(model, **common, **({} if ranges is None else load_amax(ranges)))
+            trained: dict[str, Any] = {} if ranges is None else load_amax(ranges)
+            done = run_conversion(model, **common, **trained)
     if run is not None:
         record_conversion(run, model, done)
     for warning in done.warnings:

@@ -159,7 +159,7 @@ def _bring_in(model: ir.Model) -> None:
                     node.attributes[name] = ir.AttrTensor(name, _in_memory(attribute.value))
 
 
-def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
+def _in_memory(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
     return ir.Tensor(np.array(tensor.numpy()), dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
 
 
