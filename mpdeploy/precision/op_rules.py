@@ -42,6 +42,8 @@ OP_RULES: tuple[OpRule, ...] = (
     OpRule("Resize", float_inputs=(1, 2), reason="roi and scales are coordinates: TensorRT and ONNX Runtime want FP32"),
     OpRule("RandomNormal", keep=True, reason="no half kernel in ONNX Runtime"),
     OpRule("RandomUniform", keep=True, reason="no half kernel in ONNX Runtime"),
+    OpRule("RandomNormalLike", keep_in=("bf16",), reason="TensorRT's parser makes no random numbers in BF16"),
+    OpRule("RandomUniformLike", keep_in=("bf16",), reason="TensorRT's parser makes no random numbers in BF16"),
     # Quantisation: scales decide the integers, and TensorRT fuses Q/DQ pairs only when their scales stay as trained.
     OpRule("QuantizeLinear", keep=True, reason="a rounded scale moves the integers"),
     OpRule("DequantizeLinear", keep=True, reason="a rounded scale moves every value"),

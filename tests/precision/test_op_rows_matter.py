@@ -76,6 +76,13 @@ NEEDS: dict[str, Needs] = {
     "RandomUniform": _x(
         "r = RandomUniform<seed = 1.0, shape = [3, 8]>() h = MatMul(x, w) y = Add(h, r)", weights={"w": W}, without=REFUSED
     ),
+    **{
+        f"Random{kind}Like": _x(
+            f"h = MatMul(x, w) r = Random{kind}Like<seed = 1.0>(h) y = Add(h, r)",
+            weights={"w": W}, precision="bf16", without=REFUSED, by_rtx=True,
+        )
+        for kind in ("Normal", "Uniform")
+    },
     "QuantizeLinear": Needs(
         """g (float[N, 64] x) => (float[N, 64] y) { h = Relu(x)
         q = QuantizeLinear(h, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w) }""",
