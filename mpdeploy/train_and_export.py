@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from mpdeploy import distributed
 from mpdeploy.config import Gate, Pipeline
 from mpdeploy.environment import fingerprint
 from mpdeploy.errors import (
@@ -99,6 +101,8 @@ def run(
 ) -> RunResult:
     """Take a pipeline from training to gated engines, in a run directory that can be resumed.
 
+    Under torchrun, ranks other than 0 train along and then end with 0 (see `follow`).
+
     Args:
         pipeline: what to do.
         path: the run directory; `runs/NAME` where None.
@@ -112,7 +116,10 @@ def run(
     """
     from mpdeploy.engines import ENGINES, backend
     from mpdeploy.stages import stages_of
+    from mpdeploy.stages.together import others_let_go
 
+    if distributed.rank() != 0:
+        follow(pipeline)
     listener = listener or Silent()
     if engines:
         pipeline = pipeline.model_copy(update={"build": pipeline.build.model_copy(update={"engines": tuple(engines)})})
@@ -125,7 +132,11 @@ def run(
             backend(name).check_options(options)
     chosen_engines = list(pipeline.build.engines or ENGINES)
     stages = stages_of(pipeline, chosen_engines)
-    with termination_raises(), RunDir.create(path or Path("runs") / pipeline.name) as directory:
+    with (
+        termination_raises(),
+        others_let_go(listener) as listener,
+        RunDir.create(path or Path("runs") / pipeline.name) as directory,
+    ):
         directory.set_header(
             pipeline=pipeline.name,
             config=finite_json(pipeline.to_json()),
@@ -146,6 +157,14 @@ def run(
         directory.set_header(chosen_engine=chosen)
         write_reports(directory, gate)
         return _result(directory, gate, verdicts, chosen, summary)
+
+
+def follow(pipeline: Pipeline) -> NoReturn:
+    """Ranks other than 0: train along where rank 0 trains, then end the process with 0: what gates say is rank 0's exit code alone."""
+    from mpdeploy.stages.together import train_along
+
+    train_along(pipeline)
+    sys.exit(0)
 
 
 def power_of_gates(pipeline: Pipeline, directory: RunDir) -> list[str]:

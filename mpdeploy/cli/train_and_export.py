@@ -14,7 +14,7 @@ from mpdeploy.cli.common import Json, console, emit
 def train_and_export(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A pipeline file; see pipelines/.")],
     run: Annotated[
-        Path | None, typer.Option("--run", metavar="DIR", help="The run directory; default runs/NAME.")
+        Path | None, typer.Option("--run", "--run-dir", metavar="DIR", help="The run directory; default runs/NAME.")
     ] = None,
     overrides: Annotated[
         list[str] | None,

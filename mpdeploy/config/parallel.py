@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from mpdeploy.config.section import Section
 
@@ -33,15 +33,12 @@ class ParallelConfig(Section):
     find_unused_parameters: bool = False
     """ddp: some weights get no gradient in some steps. Costs a walk over the graph each step."""
 
-    @model_validator(mode="after")
-    def _together(self) -> Self:
-        split = self.tensor_parallel > 1
-        if split and self.strategy != "fsdp2":
-            raise ValueError("tensor_parallel goes with strategy 'fsdp2', which splits what the plan leaves whole")
-        if split != bool(self.tensor_plan):
-            raise ValueError(
-                f"tensor_parallel and tensor_plan go together, found {self.tensor_parallel} and {len(self.tensor_plan)} rows"
-            )
+    def fault(self) -> str | None:
+        """What does not fit together, or None. Asked for when training begins: `--set` replaces one field at a time."""
+        if self.tensor_parallel > 1 and self.strategy != "fsdp2":
+            return "tensor_parallel goes with strategy 'fsdp2', which splits what the plan leaves whole"
+        if (self.tensor_parallel > 1) != bool(self.tensor_plan):
+            return f"tensor_parallel is {self.tensor_parallel} and tensor_plan has {len(self.tensor_plan)} rows: they go together"
         if self.shard_modules and self.strategy != "fsdp2":
-            raise ValueError("shard_modules goes with strategy 'fsdp2'")
-        return self
+            return "shard_modules goes with strategy 'fsdp2'"
+        return None

@@ -10,6 +10,9 @@ from mpdeploy.errors import DataError, MissingExtraError
 from mpdeploy.files import digest_of_json, write_json
 from mpdeploy.pipeline import Context, Outcome
 from mpdeploy.stages.common import folder_digest, load_splits
+from mpdeploy.stages.parity import paired_seeds, parity_key
+from mpdeploy.stages.pruning import pruned
+from mpdeploy.stages.together import train_together
 from mpdeploy.user_code import user_call
 
 NAME = "10-train"
@@ -22,12 +25,19 @@ class TrainStage:
     isolated = False
 
     def key(self, context: Context) -> dict[str, Any]:
-        """The data's and training's config and source, and torch's version."""
+        """The data's and training's config and source, and torch's version; what comes after the training beside them."""
+        train = context.pipeline.train
+        after = {"parity": train.parity.to_json() | parity_key(context), "pruning": train.pruning.to_json()}
+        return self._training_key(context) | after
+
+    def _training_key(self, context: Context) -> dict[str, Any]:
+        """What the training itself rests on: a change of anything else trains nothing anew."""
         pipeline = context.pipeline
+        beside = {"monitor": None, "parity": None, "pruning": None}  # where numbers go changes none of them
         return {
             "data": pipeline.data.to_json(),
             "data_folder": folder_digest(pipeline.data.folder),
-            "train": pipeline.train.to_json(),
+            "train": pipeline.train.to_json() | beside,
             "versions": {name: package_version(name) for name in ("torch", "scikit-learn", "mpdeploy")},
         }
 
@@ -38,32 +48,20 @@ class TrainStage:
         except ImportError as error:
             raise MissingExtraError.for_extra("torch", "train") from error
         from mpdeploy.train.health import ActivationRanges, compare_gradients
-        from mpdeploy.train.loop import gradients, train
+        from mpdeploy.train.loop import gradients, tensors_of
         from mpdeploy.train.precision import PrecisionChoice, autocast
 
         config, folder = context.pipeline.train, context.run.folder(NAME)
         splits = load_splits(context.pipeline)
         if splits.train.labels is None:
             raise DataError("The training split has no labels.")
-        key = digest_of_json(self.key(context))
+        key = digest_of_json(self._training_key(context))
         choice = _choose(context, key, splits)
         context.message(f"{choice.precision} on {choice.device} ({choice.reason})")
-        amp = train(
-            config, choice, splits.train, splits.early_stopping,
-            state_path=folder / "state.amp.pt", state_key=key,
-            progress=lambda done, total, text: context.progress(done, total, f"AMP {choice.precision}, {text}"),
-        )  # fmt: skip
+        amp, reference = train_together(config, choice, splits, key=key, folder=folder, progress=context.progress)
         fp32 = PrecisionChoice("fp32", choice.device, "the reference", {})
-        reference = None
-        if config.reference:
-            reference = train(
-                config, fp32, splits.train, splits.early_stopping,
-                state_path=folder / "state.fp32.pt", state_key=key,
-                progress=lambda done, total, text: context.progress(done, total, f"FP32 reference, {text}"),
-            )  # fmt: skip
         context.progress(0, 0, "comparing gradients")
-        inputs = torch.from_numpy(next(iter(splits.train.inputs.values()))[: config.batch_size]).to(choice.device)
-        labels = torch.from_numpy(splits.train.labels[: config.batch_size]).to(choice.device)
+        inputs, labels = tensors_of(splits.train.take(slice(0, config.batch_size)), choice.device)
         parities = [
             compare_gradients(expected, found)
             for expected, found in zip(
@@ -72,32 +70,37 @@ class TrainStage:
                 strict=True,
             )
         ]
+        artifacts, parity = paired_seeds(
+            context, choice, splits, key, amp.model, reference.model if reference else None
+        )
+        model, pruning = pruned(context, choice, splits, f"{key} {config.pruning.to_json()}", amp.model)
         ranges = ActivationRanges()
-        with ranges.recording(amp.model), torch.no_grad(), autocast(fp32):
+        with ranges.recording(model), torch.no_grad(), autocast(fp32):
             for feeds in splits.train.batches(256):
-                amp.model(torch.from_numpy(next(iter(feeds.values()))).to(choice.device))
-        artifacts = _write(folder, amp, reference, ranges.to_json(), choice)
+                model(*(torch.from_numpy(values).to(choice.device) for values in feeds.values()))
+        artifacts |= _write(folder, model, reference, ranges.to_json(), choice)
         report = {
             "choice": choice.to_json(),
             "splits": splits.sizes(),
             "splits_sha256": splits.digest,
-            "history": amp.history,
-            "num_skipped": amp.num_skipped,
-            "step_ms": _median(amp.step_ms),
+            **amp.to_json(),
             "reference_history": reference.history if reference else None,
             "reference_step_ms": _median(reference.step_ms) if reference else None,
-            "gradient_parity": [parity.to_json() for parity in parities],
-            "excess_zero_gradients": max(parity.worst_excess_zeros for parity in parities),
+            "reference_memory": reference.memory if reference else None,
+            "gradient_parity": [found.to_json() for found in parities],
+            "excess_zero_gradients": max(found.worst_excess_zeros for found in parities),
+            "parity": parity,
+            "pruning": pruning,
         }
         write_json(folder / "health.json", report)
+        report["health"] = {name: value for name, value in amp.health.items() if not name.endswith("_exponents")}
         return Outcome(artifacts, report)
 
 
 def _choose(context: Context, key: str, splits: Any) -> Any:
     """The precision: what an earlier, interrupted try wrote down, else chosen now and written down before the first step."""
-    import torch
-
-    from mpdeploy.train.loop import loss_of, make_model
+    from mpdeploy.train.feeding import tensors_of
+    from mpdeploy.train.modules import loss_of, make_model, prepared
     from mpdeploy.train.precision import PrecisionChoice, autocast, choose_precision, pick_device
 
     config, path = context.pipeline.train, context.run.folder(NAME) / "precision.json"
@@ -105,13 +108,12 @@ def _choose(context: Context, key: str, splits: Any) -> Any:
     if kept is not None:
         return PrecisionChoice(**kept)
     device = pick_device(config)
-    inputs = torch.from_numpy(next(iter(splits.train.inputs.values()))[: config.batch_size]).to(device)
-    labels = torch.from_numpy(splits.train.labels[: config.batch_size]).to(device)
+    inputs, labels = tensors_of(splits.train.take(slice(0, config.batch_size)), device)
     model, loss = make_model(config, device), loss_of(config)
 
     def step(precision: str) -> None:
-        with autocast(PrecisionChoice(precision, device, "", {})):
-            outputs = user_call(model, inputs)
+        with prepared(model, config), autocast(PrecisionChoice(precision, device, "", {})):
+            outputs = user_call(model, *inputs)
         user_call(loss, outputs.float(), labels).backward()
 
     choice = choose_precision(config, device, step)
@@ -129,10 +131,10 @@ def _read_choice(path: Any, key: str) -> dict[str, Any] | None:
     return found["choice"] if found.get("key") == key else None
 
 
-def _write(folder: Any, amp: Any, reference: Any, amax: dict[str, float], choice: Any) -> dict[str, FileArtifact]:
+def _write(folder: Any, model: Any, reference: Any, amax: dict[str, float], choice: Any) -> dict[str, FileArtifact]:
     from mpdeploy.train.checkpoint import save_weights
 
-    save_weights(amp.model, folder / "model.safetensors", metadata={"precision": choice.precision})
+    save_weights(model, folder / "model.safetensors", metadata={"precision": choice.precision})
     write_json(folder / "amax.json", {"source": "training split, FP32 forward of the shipped weights", "modules": amax})
     artifacts: dict[str, FileArtifact] = {
         "model": Checkpoint.of(folder / "model.safetensors", sidecar={"trained_in": choice.precision}),

@@ -32,6 +32,6 @@ class MovingAverage:
         """Weights and the number of steps."""
         return dict(self._averaged.state_dict())
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned."""
-        self._averaged.load_state_dict(state)
+    def load_state_dict(self, state: dict[str, Any], *, strict: bool = True) -> None:
+        """Go on from what `state_dict` returned; where not `strict`, from a part of it."""
+        self._averaged.load_state_dict(state, strict=strict)

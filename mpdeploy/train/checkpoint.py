@@ -18,13 +18,16 @@ from mpdeploy.errors import MissingExtraError, StageFailedError
 from mpdeploy.files import atomic_path
 
 
-def save_weights(model: nn.Module, path: Path, *, metadata: dict[str, str] | None = None) -> None:
-    """Write all parameters and buffers as FP32 (and integer buffers as they are) safetensors."""
+def save_weights(
+    model: nn.Module | dict[str, torch.Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Write all parameters and buffers of a model, or of its state, as FP32 (and integer buffers as they are) safetensors."""
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise MissingExtraError.for_extra("safetensors", "train") from error
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     with atomic_path(path) as temporary, _disk_errors():
         save_file(tensors, temporary, metadata=metadata)
 

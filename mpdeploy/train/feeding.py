@@ -33,6 +33,8 @@ class Batch:
         labels: on the device.
         ids: the samples' ids, on the host.
         num_global: samples of the step over all ranks, which the loss is averaged over.
+        smallest_share: samples of the rank that has the fewest, at least 1.
+        counts: False where a batch is so small that none of it is this rank's: it runs one sample along, whose loss weighs nothing.
         augmentation: state of the augmentation's generator after this batch.
         ready: on CUDA, recorded when the copies are done.
     """
@@ -42,12 +44,14 @@ class Batch:
     labels: torch.Tensor
     ids: Array
     num_global: int
+    smallest_share: int
     augmentation: torch.Tensor
+    counts: bool = True
     ready: Any = None
 
     def micro_batches(self, count: int) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
-        """Up to `count` parts of nearly equal size, none empty."""
-        count = min(count, len(self.labels))
+        """Up to `count` parts of nearly equal size, none empty; as many on every rank."""
+        count = min(count, self.smallest_share)
         parts = [values.tensor_split(count) for values in (*self.inputs, self.labels)]
         for *inputs, labels in zip(*parts, strict=True):
             yield tuple(inputs), labels
@@ -115,7 +119,7 @@ class Feeder:
         assert self.dataset.labels is not None
         chosen = order[number * self.config.batch_size : (number + 1) * self.config.batch_size]
         num_global = len(chosen)
-        share = slice(num_global * self.rank // self.world_size, num_global * (self.rank + 1) // self.world_size)
+        share, counts = share_of(num_global, self.rank, self.world_size)
         if self.config.augment is None:
             chosen, share = chosen[share], slice(None)
         arrays = [*(array[chosen] for array in self.dataset.inputs.values()), self.dataset.labels[chosen]]
@@ -136,7 +140,9 @@ class Feeder:
             labels[share],
             self.dataset.ids[chosen][share],
             num_global,
+            max(num_global // self.world_size, 1),
             self._augmentation.get_state(),
+            counts,
             ready,
         )
 
@@ -196,6 +202,12 @@ class Feeder:
 
 def _global_draws() -> tuple[Any, ...]:
     return torch.get_rng_state().numpy().tobytes(), str(np.random.get_state()), random.getstate()
+
+
+def share_of(count: int, rank: int, world_size: int) -> tuple[slice, bool]:
+    """A rank's share of `count` samples, and whether it counts: where there is none, one sample is run along for nothing."""
+    share = slice(count * rank // world_size, count * (rank + 1) // world_size)
+    return (share, True) if share.start < share.stop else (slice(0, 1), False)
 
 
 def laid_out(values: torch.Tensor, config: TrainConfig) -> torch.Tensor:

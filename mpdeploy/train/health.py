@@ -128,6 +128,8 @@ class Watch:
         scale: torch.Tensor,
         micro_batches: list[tuple[tuple[torch.Tensor, ...], torch.Tensor]],
         before: Draws,
+        *,
+        is_whole: bool = True,
     ) -> None:
         """Look at unscaled gradients, where the step is sampled, and at their FP32 shadow, where one is due.
 
@@ -137,6 +139,7 @@ class Watch:
             scale: its loss scale.
             micro_batches: the step's samples; the shadow is that of the first of them.
             before: the random numbers it began with.
+            is_whole: the micro-batches are the step's whole batch, not one rank's share of it.
         """
         if self.samples(step):
             for name, parameter in self._model.named_parameters():
@@ -147,7 +150,7 @@ class Watch:
         inputs, labels = micro_batches[0]
         shadow, largest = shadow_backward(self._model, inputs, labels, self._loss, before, self._device)
         found = {"step": step + 1, "precision": choice.precision, **underflow_window(shadow, largest, float(scale))}
-        if len(micro_batches) == 1:
+        if is_whole and len(micro_batches) == 1:
             amp = {name: item.grad for name, item in self._model.named_parameters() if item.grad is not None}
             found["lost"] = lost_share(shadow, amp)
         self.shadows.append(found)

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpdeploy.artifact import Dataset
 from mpdeploy.config import TrainConfig
+from mpdeploy.train import sharded
 from mpdeploy.train.checkpoint import (
     load_state,
     load_weights,
@@ -30,11 +33,14 @@ from mpdeploy.train.memory import PeakMemory
 from mpdeploy.train.modules import Inputs, answer, loss_of, make_model
 from mpdeploy.train.monitoring import Monitor, monitors
 from mpdeploy.train.precision import PrecisionChoice
+from mpdeploy.train.ranks import ALONE, Ranks
 from mpdeploy.train.result import TrainingRun
 from mpdeploy.train.stepping import Settled, Stepper
 
 __all__ = ["Inputs", "Progress", "TrainingRun", "answer", "gradients", "loss_of", "make_model", "tensors_of", "train"]
 
+RANK_SEED = 1_000_003
+"""Between the seeds of two ranks' dropout."""
 Progress = Callable[[int, int, str], None]
 """Told (steps done, steps in all, text)."""
 
@@ -48,16 +54,18 @@ def train(
     state_path: Path,
     state_key: str,
     progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> TrainingRun:
     """Train, from the last full state at `state_path` where it has the key `state_key`, else from the start.
 
-    Beside the state lie `log.jsonl` and, where the best epoch ships, its weights as safetensors.
+    Beside the state lie `log.jsonl` and, where the best epoch ships, its weights as safetensors. Of several ranks each calls this; rank 0
+    writes the files and gets the model that ships.
 
     Raises:
         TrainingDivergedError: the loss became NaN or infinite, or a gradient did that no loss scaler looks after.
         UserCodeError: the model, loss or augmentation raised.
     """
-    return _Training(config, choice, train_set, stopping_set, state_path, state_key, progress).run()
+    return _Training(config, choice, train_set, stopping_set, state_path, state_key, progress, ranks).run()
 
 
 class _Training:
@@ -70,16 +78,20 @@ class _Training:
         state_path: Path,
         state_key: str,
         progress: Progress,
+        ranks: Ranks,
     ) -> None:
         self.config = config
+        self.ranks = ranks
         self.device = choice.device
         self.state_path, self.state_key = state_path, state_key
         self.best_path = state_path.with_name(f"{state_path.stem}.best.safetensors")
         self.progress = progress
         self.stopping_set = stopping_set
         seed_everything(config.seed)
-        self.feeder = Feeder(train_set, config, self.device)
-        self.stepper = Stepper(config, choice, self.feeder.num_batches)
+        self.feeder = Feeder(train_set, config, self.device, rank=ranks.data_rank, world_size=ranks.data_size)
+        self.stepper = Stepper(config, choice, self.feeder.num_batches, ranks)
+        if ranks.data_rank:  # the same weights on every rank, and other dropout
+            torch.manual_seed(config.seed + RANK_SEED * ranks.data_rank)
         self.monitors: list[Monitor] = []
         self.result = TrainingRun(self.stepper.model)
         self.epoch = 0  # finished ones
@@ -92,7 +104,7 @@ class _Training:
         with contextlib.ExitStack() as stack:
             result.fp32_modules = stack.enter_context(stepper.ready())
             self._resume()
-            if not self._finished():
+            if not self._finished() and self.ranks.is_first:
                 done = self.epoch * self.feeder.num_batches + self.next_batch
                 self.monitors = monitors(self.config.monitor, self.state_path, self.device, done)
                 for monitor in self.monitors:
@@ -150,7 +162,9 @@ class _Training:
     def _end_epoch(self) -> None:
         begin = time.perf_counter()
         stepper, choice = self.stepper, self.stepper.precision.current
-        loss, score = evaluate(stepper.ships, self.stopping_set, self.config, choice)
+        self.ranks.copy(*stepper.ships.buffers())  # each has BatchNorm statistics of its own
+        runs_in = stepper.autocasts(choice)
+        loss, score = evaluate(stepper.ships, self.stopping_set, self.config, runs_in, self.ranks)
         row: dict[str, Any] = {
             "epoch": self.epoch + 1,
             "loss": self.tally["loss"] / len(self.feeder.dataset),
@@ -162,7 +176,8 @@ class _Training:
             "precision": choice.precision,
         }
         if stepper.average is not None and stepper.ships is stepper.model:
-            found = evaluate(stepper.average.model, self.stopping_set, self.config, choice)
+            self.ranks.copy(*stepper.average.model.buffers())
+            found = evaluate(stepper.average.model, self.stopping_set, self.config, runs_in, self.ranks)
             row["average_loss"], row["average_score"] = found
         row["seconds"] = self.tally["seconds"] + time.perf_counter() - begin
         self.result.history.append(row)
@@ -172,27 +187,41 @@ class _Training:
         if loss < self.best_loss:
             self.best_loss, self.epochs_since_best, self.result.best_epoch = loss, 0, self.epoch
             if self.config.ships_best:
-                save_weights(stepper.ships, self.best_path, metadata={"epoch": str(self.epoch)})
+                weights = stepper.shipped_weights()
+                if self.ranks.is_first:
+                    save_weights(weights, self.best_path, metadata={"epoch": str(self.epoch)})
         else:
             self.epochs_since_best += 1
         if self.epoch % self.config.checkpoint_every_epochs == 0 or self._finished():
             self._save()
 
     def _ship(self) -> None:
-        """Leave the weights that ship in the model."""
+        """Leave the weights that ship in the model. One that was changed for several ranks is made anew, on rank 0."""
         model, ships = self.stepper.model, self.stepper.ships
+        if self.stepper.is_split or (self.config.parallel.sync_batchnorm and self.ranks.size > 1):
+            weights = self.stepper.shipped_weights()
+            if not self.ranks.is_first:
+                return
+            model = ships = self.result.model = make_model(self.config, self.device)
+            model.load_state_dict(weights)
         if self.config.ships_best and self.result.best_epoch is not None:
             load_weights(model, self.best_path)
             self.result.shipped = "best"
         elif ships is not model:
             model.load_state_dict(ships.state_dict())
-        self.result.averaged = ships is not model
+        self.result.averaged = self.stepper.ships is not self.stepper.model
         model.eval()
 
     def _save(self) -> None:
         """Write all that the next step depends on. Called between steps, with none launched."""
         for monitor in self.monitors:
             monitor.flush()
+        random_states = self.ranks.all_of(random_state())
+        parts = self._parts(self.epoch, self.next_batch)
+        if self.stepper.is_split:
+            self.stepper.save_parts(parts)
+        if not self.ranks.is_first:
+            return
         state = {
             "key": self.state_key,
             "epoch": self.epoch,
@@ -200,14 +229,20 @@ class _Training:
             "tally": self.tally,
             "best_loss": self.best_loss,
             "epochs_since_best": self.epochs_since_best,
-            "random": random_state(),
+            "random": random_states,
             "result": self.result.state_dict(),
         }
         state |= self.feeder.state_dict(next_batch=self.next_batch)
         save_state(state | self.stepper.state_dict(), self.state_path)
+        if self.stepper.is_split:
+            sharded.remove_others(parts)
+
+    def _parts(self, epoch: int, next_batch: int) -> Path:
+        """Where the tensors of a split model's state lie: never in place of those that the state on the disk names."""
+        return self.state_path.with_suffix(".dcp") / f"{epoch}-{next_batch}"
 
     def _resume(self) -> None:
-        state = load_state(self.state_path)
+        state = self.ranks.from_first(load_state(self.state_path) if self.ranks.is_first else None)
         if state is None or state.get("key") != self.state_key:
             return
         self.epoch, self.next_batch, self.tally = state["epoch"], state["next_batch"], state["tally"]
@@ -215,7 +250,13 @@ class _Training:
         self.result.load_state_dict(state["result"])
         self.feeder.load_state_dict(state)
         self.stepper.load_state_dict(state)
-        restore_random_state(state["random"])
+        if self.stepper.is_split:
+            self.stepper.load_parts(self._parts(self.epoch, self.next_batch))
+        rank, steps = self.ranks.rank, len(self.result.step_ms)
+        if rank < len(state["random"]):
+            restore_random_state(state["random"][rank])
+        else:  # there are more ranks than wrote the state
+            torch.manual_seed(self.config.seed + RANK_SEED * self.ranks.data_rank + steps)
 
 
 def _new_tally() -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -12,16 +14,20 @@ from mpdeploy.train.precision import PrecisionChoice
 
 def make_optimizer(config: TrainConfig, model: nn.Module, device: str) -> torch.optim.Optimizer:
     """AdamW or SGD over the FP32 weights, as one fused kernel where that was asked for (`auto`: on CUDA)."""
+    by_mesh: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():  # a kernel takes split parameters of one device mesh
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    groups = [{"params": found} for found in by_mesh.values()]
     fused = True if config.fused == "on" or (config.fused == "auto" and device == "cuda") else None
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            model.parameters(),
+            groups,
             lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             fused=fused,
         )
-    return torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused)
 
 
 def make_scaler(config: TrainConfig, choice: PrecisionChoice) -> torch.amp.GradScaler:

@@ -132,5 +132,8 @@ def float32_arithmetic(choice: PrecisionChoice) -> Iterator[None]:
 @contextlib.contextmanager
 def autocast(choice: PrecisionChoice) -> Iterator[None]:
     """The forward pass's context: autocast for the half precisions, and `float32_arithmetic`."""
-    with float32_arithmetic(choice), torch.autocast(choice.device, dtype=choice.dtype, enabled=choice.dtype is not None):
+    with (
+        float32_arithmetic(choice),
+        torch.autocast(choice.device, dtype=choice.dtype, enabled=choice.dtype is not None),
+    ):
         yield

@@ -6,6 +6,9 @@ the learning-rate schedule does not advance on it, and the moving average does n
 A step has two halves. `launch` hands its work to the device and reads nothing. `settle` reads what the device found, and decides: the
 learning rate, the average, the precision. On a CPU one follows the other. On a GPU a step is settled after the next one's backward is
 launched and before its update, so that the device never runs out of work and the next update has the right learning rate.
+
+On several ranks each takes its share of the batch. Loss and gradients are summed before anything is decided by them, so that every rank
+decides alike.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpdeploy.config import TrainConfig
+from mpdeploy.config.training import HealthConfig
 from mpdeploy.errors import TrainingDivergedError
+from mpdeploy.train import sharded
 from mpdeploy.train.averaging import MovingAverage
 from mpdeploy.train.feeding import Batch
 from mpdeploy.train.health import Watch
@@ -29,10 +35,12 @@ from mpdeploy.train.modules import answer, eager_backward_precision, loss_of, ma
 from mpdeploy.train.optimizers import apply_threshold, current_scale, make_optimizer, make_scaler, take_step
 from mpdeploy.train.precision import PrecisionChoice, autocast, float32_arithmetic
 from mpdeploy.train.precision_schedule import PrecisionOverTime
+from mpdeploy.train.ranks import ALONE, Ranks
 from mpdeploy.train.readings import Reading
 from mpdeploy.train.replay import first_not_finite
 from mpdeploy.train.schedules import LearningRate
 from mpdeploy.train.shadow import Draws, draws
+from mpdeploy.train.wrapping import adding_up, check, gradient_norm, replicated, split, synced_batchnorm
 from mpdeploy.user_code import user_call
 
 
@@ -69,21 +77,39 @@ class Settled:
 class Stepper:
     """The model, and all that changes with a step."""
 
-    def __init__(self, config: TrainConfig, choice: PrecisionChoice, num_batches: int) -> None:
+    def __init__(self, config: TrainConfig, choice: PrecisionChoice, num_batches: int, ranks: Ranks = ALONE) -> None:
+        check(config, choice, ranks)
         self.config = config
+        self.ranks = ranks
         self.device = choice.device
         self.num_batches = num_batches
-        self.model = make_model(config, self.device)
+        self.model = synced_batchnorm(make_model(config, self.device), config, ranks)
         self.average = None if config.average.decay is None else MovingAverage(self.model, config.average.decay)
-        self.runnable = runnable(self.model, config)
+        for model in (self.model, *(() if self.average is None else (self.average.model,))):
+            split(model, config, choice, ranks)
+        self.whole = replicated(self.model, config, ranks)
+        self.runnable = runnable(self.whole, config)
         self.loss = loss_of(config)
         self.optimizer = make_optimizer(config, self.model, self.device)
         self.rate = LearningRate(config, self.optimizer, num_batches * config.epochs)
         self.precision = PrecisionOverTime(config, choice)
         self.scaler = make_scaler(config, self.precision.current)
-        self.watch = Watch(config.health, self.model, self.loss, self.device)
+        health = config.health
+        if self.is_split:  # a second backward through gathered weights is not possible
+            health = HealthConfig(sample_every=0, shadow_every=0, saved_bytes=False, replay=False)
+        self.health = health
+        self.watch = Watch(health, self.model, self.loss, self.device)
         self.saved_activations: int | None = None
         self._launched: Launched | None = None
+
+    @property
+    def is_split(self) -> bool:
+        """Whether each rank holds a part of the model only (FSDP2), whose half precision is not autocast's."""
+        return self.ranks.mesh is not None
+
+    def autocasts(self, choice: PrecisionChoice) -> PrecisionChoice:
+        """What autocast is to do where the step runs in `choice`: nothing where the split model casts by itself."""
+        return replace(choice, precision="fp32") if self.is_split and choice.dtype is not None else choice
 
     @property
     def ships(self) -> nn.Module:
@@ -112,13 +138,15 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         with self.watch.forward(step), float32_arithmetic(choice):
-            for inputs, labels in micro_batches:
-                share = len(labels) / batch.num_global  # a micro-batch that is smaller counts less
-                loss += self._forward_backward(step, inputs, labels, share, choice, scaler)
+            for number, (inputs, labels) in enumerate(micro_batches, start=1):
+                share = len(labels) / batch.num_global if batch.counts else 0.0  # a smaller micro-batch counts less
+                with adding_up(self.whole, is_last=number == len(micro_batches)):
+                    loss += self._forward_backward(step, inputs, labels, share, choice, scaler)
+        self.ranks.add(loss)
         settled = self.settle()
         scale = current_scale(scaler, self.device)
         norm = self._ready_gradients(scaler)
-        self.watch.backward(step, choice, scale, micro_batches, before)
+        self.watch.backward(step, choice, scale, micro_batches, before, is_whole=self.ranks.data_size == 1)
         learning_rate = self.rate.value
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         skipped = take_step(scaler, self.optimizer, finite, self.config)
@@ -135,26 +163,29 @@ class Stepper:
         choice: PrecisionChoice,
         scaler: torch.amp.GradScaler,
     ) -> torch.Tensor:
-        """The share of the step's loss that one micro-batch has; its gradients are added to `.grad`."""
-        model = self.model if self.watch.samples(step) else self.runnable  # compiled modules call no hooks
-        measures = self.config.health.saved_bytes and self.saved_activations is None
+        """The share of the step's loss that one micro-batch has; its gradients are added to `.grad`.
+
+        Gradients are averaged over the ranks, and are to be summed: the loss is multiplied by their number before.
+        """
+        model = self.whole if self.watch.samples(step) else self.runnable  # compiled modules call no hooks
+        measures = self.health.saved_bytes and self.saved_activations is None
         saved = SavedBytes(self.model)
         with saved.measuring() if measures else contextlib.nullcontext():
-            with autocast(choice):
+            with autocast(self.autocasts(choice)):
                 outputs = answer(model, inputs)
             loss = user_call(self.loss, outputs, labels) * share
         if measures:
             self.saved_activations = saved.num_bytes
-        scaler.scale(loss).backward()
+        scaler.scale(loss * self.ranks.data_size).backward()
         return loss.detach()
 
     def _ready_gradients(self, scaler: torch.amp.GradScaler) -> torch.Tensor:
         """Unscale gradients, then apply what acts on their true size; returns their global norm before clipping."""
         scaler.unscale_(self.optimizer)
+        if self.is_split and scaler.is_enabled():  # each rank saw its parts alone, and all must skip alike
+            self.ranks.largest(*scaler._found_inf_per_device(self.optimizer).values())
         apply_threshold(self.model, self.config.gradient_threshold)
-        if self.config.max_grad_norm is not None:
-            return nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        return nn.utils.get_total_norm([item.grad for item in self.model.parameters() if item.grad is not None])
+        return gradient_norm(self.model.parameters(), self.config.max_grad_norm, self.ranks)
 
     def settle(self) -> Settled | None:
         """Read what the last launched step found, and decide what follows from it; None where none is launched.
@@ -174,6 +205,11 @@ class Stepper:
             if self.average is not None:
                 self.average.update(self.model)
         event = self.precision.after_step(step, loss, skipped, new_scale if launched.scaled else None)
+        if event is not None and self.is_split:
+            raise TrainingDivergedError(
+                f"FP16 does not hold in step {step}: {event['reason']}. FSDP2 cannot change the precision of a training under way.",
+                hint="--set train.precision=bf16",
+            )
         if event is not None:
             self.scaler = make_scaler(self.config, self.precision.current)
         row = {
@@ -193,9 +229,11 @@ class Stepper:
         what = f"loss became {loss}" if not math.isfinite(loss) else f"gradient norm became {norm}"
         epoch, number = divmod(launched.step, self.num_batches)
         cause = ""
-        if self.config.health.replay:
+        if self.health.replay:
             parts = list(launched.batch.micro_batches(self.config.accumulation))
             found = first_not_finite(self.model, parts, self.loss, launched.choice, scale, launched.draws)
+            everywhere = self.ranks.from_first(self.ranks.all_of(found))
+            found = next((text for text in everywhere if not text.startswith("nothing")), found)
             cause = f" First not finite, when the step was run again: {found}."
         return TrainingDivergedError(
             f"The {what} in epoch {epoch + 1}, step {number + 1} ({launched.choice.precision}).{cause}",
@@ -204,12 +242,13 @@ class Stepper:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on. Nothing may be launched."""
+        """Everything that the next step depends on. Nothing may be launched. Of a split model, all but `save_parts`."""
         assert self._launched is None
-        return {
-            "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        averaged = None if self.average is None else self.average.state_dict()
+        tensors = {"model": self.model.state_dict(), "average": averaged, "optimizer": self.optimizer.state_dict()}
+        if self.is_split:
+            tensors = {"average_steps": None if averaged is None else averaged["n_averaged"]}
+        return tensors | {
             "schedule": self.rate.state_dict(),
             "precision": self.precision.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -219,13 +258,29 @@ class Stepper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned."""
-        self.model.load_state_dict(state["model"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if not self.is_split:
+            self.model.load_state_dict(state["model"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        elif self.average is not None:
+            self.average.load_state_dict({"n_averaged": state["average_steps"]}, strict=False)
         self.rate.load_state_dict(state["schedule"])
         self.precision.load_state_dict(state["precision"])
         self.scaler = make_scaler(self.config, self.precision.current)
         self.scaler.load_state_dict(state["scaler"])
         self.watch.load_state_dict(state["watch"])
         self.saved_activations = state["saved_activations"]
+
+    def save_parts(self, folder: Path) -> None:
+        """Write the tensors of a split model's state, every rank its own."""
+        average = None if self.average is None else self.average.model
+        sharded.save(self.model, average, self.optimizer, folder, self.ranks)
+
+    def load_parts(self, folder: Path) -> None:
+        """Go on from what `save_parts` wrote."""
+        sharded.load(self.model, None if self.average is None else self.average.model, self.optimizer, folder)
+
+    def shipped_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that ship, whole on rank 0. Every rank calls it."""
+        return sharded.gathered(self.ships) if self.is_split else self.ships.state_dict()

@@ -44,9 +44,11 @@ class TwoLinear(nn.Module):
 class Dropping(TwoLinear):
     """The same with dropout and a BatchNorm, which remembers what this rank dropped."""
 
+    share = 0.5
+
     def __init__(self) -> None:
         super().__init__()
-        self.drop, self.batch = nn.Dropout(0.5), nn.BatchNorm1d(16)
+        self.drop, self.batch = nn.Dropout(self.share), nn.BatchNorm1d(16)
         self.dropped: list[list[int]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -54,6 +56,25 @@ class Dropping(TwoLinear):
         if self.training:
             self.dropped.append((hidden[0] == 0).nonzero().flatten().tolist())
         return self.last(hidden)
+
+
+class Normed(Dropping):
+    """BatchNorm alone; it remembers the type of each part's weights while the part ran."""
+
+    share = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran_in: dict[str, str] = {}
+        for name in ("norm", "batch", "first", "last"):
+            self.get_submodule(name).register_forward_hook(self.noting(name))
+
+    def noting(self, name):
+        def note(module, inputs, output):
+            if module.training:
+                self.ran_in[name] = str(module.weight.dtype)
+
+        return note
 
 
 class Stopped(BaseException):
@@ -105,6 +126,7 @@ def fit(ranks: Ranks, folder: Path, precision: str, progress: Callable[[int, int
         "scales": [list(item) for item in run.loss_scales],
         "best": run.best_epoch,
         "weights": {name: value.flatten().tolist() for name, value in weights.items()},
+        "ran_in": getattr(run.model, "ran_in", None),
         "dropped": getattr(run.model, "dropped", None),
     }
 
@@ -176,6 +198,10 @@ def cases(folder: Path, names: set[str]) -> dict[str, list[dict[str, Any]]]:
                 place = folder / f"resumed_{name}_{after}"
                 ranks_of(2, place, stop=8, parallel=parallel, **states)
                 found[place.name] = ranks_of(after, place, parallel=parallel, **states)
+    if "half" in names:
+        halves = {"precision": "bf16", "model": Normed, "accumulation": 1, "fp32_modules": ["last"]}
+        found["half_ddp"] = ranks_of(2, folder / "half_ddp", **halves)
+        found["half_fsdp2"] = ranks_of(2, folder / "half_fsdp2", parallel=BY_LAYER, **halves)
     if "dropout" in names:
         found["dropout"] = ranks_of(2, folder / "dropout", model=Dropping, accumulation=1)
         ranks_of(2, folder / "dropout_resumed", stop=8, model=Dropping, accumulation=1, checkpoint_every_steps=2)

@@ -21,7 +21,7 @@ from ranks_training import BY_TENSOR, TOTAL, TwoLinear
 from small_training import BATCH, blobs, choice_of
 from torch import nn
 
-from mpdeploy.config import ParallelConfig, TrainConfig
+from mpdeploy.config import TrainConfig
 from mpdeploy.errors import ConfigError, UnavailableError
 from mpdeploy.train.feeding import Feeder, share_of
 from mpdeploy.train.loop import train
@@ -126,6 +126,18 @@ def test_dropout_differs_between_ranks_and_goes_on_where_it_stopped(tmp_path):
     assert weights[0] == weights[1], "BatchNorm's statistics among them"
 
 
+@pytest.mark.slow
+def test_a_split_model_in_half_keeps_batchnorm_and_fp32_modules_out_of_it(tmp_path):
+    """Its policy rounds weights and outputs to BF16 where autocast rounds inputs: 2^-8 of a sum, and no more."""
+    found = trained(tmp_path, "half")
+    assert found["half_fsdp2"][0]["losses"] == pytest.approx(found["half_ddp"][0]["losses"], rel=2e-2)
+    assert found["half_fsdp2"][0]["losses"] != found["half_ddp"][0]["losses"]
+    decided_alike(found["half_fsdp2"])
+    half, whole = "torch.bfloat16", "torch.float32"
+    assert found["half_ddp"][1]["ran_in"] == dict.fromkeys(("norm", "batch", "first", "last"), whole)
+    assert found["half_fsdp2"][1]["ran_in"] == {"norm": half, "batch": whole, "first": half, "last": whole}
+
+
 # -- parts of it, in this process --------------------------------------------------------------------------------------
 
 
@@ -169,8 +181,9 @@ def test_ranks_that_cannot_be_divided_are_refused_before_they_meet(monkeypatch):
     ],
 )
 def test_fields_that_mean_nothing_alone_are_refused(fields, message):
-    with pytest.raises(ValueError, match=message):
-        ParallelConfig(**fields)
+    config = TrainConfig(model=TwoLinear, parallel=fields)
+    with pytest.raises(ConfigError, match=message), together(config, "cpu"):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,8 @@ def test_augmentation_that_draws_from_a_global_generator_is_not_run_ahead():
 def test_the_shares_of_all_ranks_make_up_the_batch_augmented_alike(world_size):
     whole = list(feeder().epoch())
     shares = [list(feeder(rank=rank, world_size=world_size).epoch()) for rank in range(world_size)]
-    for batch, *parts in zip(whole, *shares, strict=True):
+    for batch, *ranks in zip(whole, *shares, strict=True):
+        parts = [part for part in ranks if part.counts]  # of two samples one of three ranks has none
         assert torch.equal(batch.inputs[0], torch.cat([part.inputs[0] for part in parts]))
         assert torch.equal(batch.labels, torch.cat([part.labels for part in parts]))
         assert batch.ids.tolist() == [int(i) for part in parts for i in part.ids]
