@@ -14,7 +14,7 @@ import hmac
 import logging
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from mpdeploy.serve.logs import AccessLog
@@ -82,23 +82,23 @@ class App:
         tracer: Tracer | None = None,
     ) -> None:
         self.inflight_bytes = 0
-        self._manager = manager
-        self._options = options
+        self.manager = manager
+        self.options = options
         self._token = None if options.token is None else b"bearer " + options.token.encode()
-        self._access_log = access_log
-        self._tracer = tracer
+        self.access_log = access_log
+        self.tracer = tracer
         self._dumps: Callable[[Any], bytes] = load_orjson().dumps
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return
-        begin = time.perf_counter() if self._access_log is not None else 0.0
+        begin = time.perf_counter() if self.access_log is not None else 0.0
         held = [0]
         try:
             answer = await self._answer(scope, receive, held)
         except ServeError as error:
-            answer = self._error(error)
+            answer = self.error(error)
         except Exception:
             log.exception("a fault of the server")
             answer = Answer(500, self._dumps({"error": "a fault of the server; its log says more"}), JSON)
@@ -107,20 +107,20 @@ class App:
         self.inflight_bytes += size
         try:
             headers = [*answer.headers, (b"content-length", str(size).encode())]
-            if answer.close or self._manager.stopping:
+            if answer.close or self.manager.stopping:
                 headers.append((b"connection", b"close"))
             await send({"type": "http.response.start", "status": answer.status, "headers": headers})
             await send({"type": "http.response.body", "body": answer.body})
         finally:
             self.inflight_bytes -= held[0]
-            if self._access_log is not None:
-                self._access_log.add(scope, answer.status, held[0] - size, size, time.perf_counter() - begin)
+            if self.access_log is not None:
+                self.access_log.add(scope, answer.status, held[0] - size, size, time.perf_counter() - begin)
 
     async def _answer(self, scope: Scope, receive: Receive, held: list[int]) -> Answer:
         method: str = scope["method"]
         parts: list[str] = scope["path"].split("/")
-        if self._token is not None and not _is_open(parts):
-            self._authorise(scope)
+        if self._token is not None and not _is_open(parts) and not self.authorised(scope["headers"]):
+            raise UnauthorizedError("a bearer token is needed: Authorization: Bearer TOKEN")
         if len(parts) > 4 and parts[1] == "v2" and parts[2] == "models":
             name = parts[3]
             version, rest = (parts[5], parts[6:]) if parts[4] == "versions" and len(parts) > 5 else (None, parts[4:])
@@ -134,7 +134,7 @@ class App:
     # -- inference -----------------------------------------------------------------------------------------------------
 
     async def _infer(self, scope: Scope, receive: Receive, held: list[int], name: str, version: str | None) -> Answer:
-        self._manager.version(name, version)  # before the body is read: an unknown model costs nothing
+        self.manager.version(name, version)  # before the body is read: an unknown model costs nothing
         length = json_length = timeout = encoding = None
         for key, value in scope["headers"]:
             if key == b"content-length":
@@ -157,10 +157,10 @@ class App:
             timeout_ms=timeout,
             cancelled=None if connection is None else connection.is_lost,
         )
-        if self._tracer is None:
-            response = await self._manager.infer(request)
+        if self.tracer is None:
+            response = await self.manager.infer(request)
         else:
-            response = await self._traced(scope, request, self._tracer)
+            response = await self._traced(scope, request, self.tracer)
         content, head = encode_response(response, request, binary)
         if head is None:
             return Answer(200, content, JSON)
@@ -168,7 +168,7 @@ class App:
 
     async def _traced(self, scope: Scope, request: InferRequest, tracer: Tracer) -> InferResponse:
         with tracer.request(request.model_name, scope["headers"]) as span:
-            response = await self._manager.infer(request)
+            response = await self.manager.infer(request)
             span.set_attribute("mpdeploy.model_version", response.model_version)
             return response
 
@@ -180,7 +180,7 @@ class App:
             OverloadedError: too many bytes are held already.
             CancelledRequestError: the client has gone.
         """
-        most = self._options.max_body_bytes
+        most = self.options.max_body_bytes
         if length is not None:
             expected = int(length)
             if expected > most:
@@ -212,13 +212,13 @@ class App:
         return b"".join(parts)
 
     def _hold(self, size: int, held: list[int]) -> None:
-        if self.inflight_bytes + size > self._options.max_inflight_bytes:
+        if self.inflight_bytes + size > self.options.max_inflight_bytes:
             raise OverloadedError(f"{self.inflight_bytes} bytes of requests and answers are held already")
         self.inflight_bytes += size
         held[0] += size
 
     async def _drain(self, receive: Receive, expected: int) -> None:
-        if expected > self._options.max_body_bytes + DRAIN_BYTES:
+        if expected > self.options.max_body_bytes + DRAIN_BYTES:
             return
         while True:
             message = await receive()
@@ -228,7 +228,7 @@ class App:
     def _decompressed(self, body: bytes, encoding: bytes, held: list[int]) -> bytes:
         if encoding not in (b"gzip", b"deflate"):
             raise BadRequestError(f"header Content-Encoding {encoding[:40]!r}: gzip, deflate or identity")
-        most = self._options.max_body_bytes
+        most = self.options.max_body_bytes
         try:
             content = zlib.decompressobj(wbits=47).decompress(body, most + 1)
         except zlib.error as error:
@@ -241,7 +241,7 @@ class App:
     # -- the rest ------------------------------------------------------------------------------------------------------
 
     def _of_model(self, name: str, version: str | None, rest: list[str]) -> Answer:
-        manager = self._manager
+        manager = self.manager
         if rest == []:
             return self._json(metadata_json(manager.metadata(name, version)))
         if rest == ["ready"]:
@@ -258,7 +258,7 @@ class App:
     async def _of_server(
         self, scope: Scope, receive: Receive, held: list[int], method: str, parts: list[str]
     ) -> Answer:
-        manager = self._manager
+        manager = self.manager
         path = [part for part in parts if part]
         if path[:2] == ["v2", "repository"]:
             _allow(method, "POST")
@@ -295,26 +295,26 @@ class App:
         body = await self._body(receive, length, held)
         document = read_json(body) if body.strip() else {}
         if path == ["index"]:
-            listed = self._manager.index()
+            listed = self.manager.index()
             if document.get("ready") is True:
                 listed = [item for item in listed if item["state"] == "READY"]
             return self._json(listed)
         if len(path) == 3 and path[0] == "models" and path[2] in ("load", "unload"):
             if path[2] == "unload":
-                await self._manager.unload(path[1])
+                await self.manager.unload(path[1])
                 return Answer(200, b"")
             parameters = document.get("parameters", {})
             if not isinstance(parameters, dict):
                 raise BadRequestError("'parameters' must be an object")
-            await self._manager.load(path[1], parameters)
+            await self.manager.load(path[1], parameters)
             return Answer(200, b"")
         raise UnknownModelError("there is nothing at this path")
 
     def _figures(self) -> dict[str, Any]:
         """What the page shows of each model, polled."""
         models = {}
-        for version in self._manager.versions():
-            stats = self._manager.statistics(version.name)["model_stats"]
+        for version in self.manager.versions():
+            stats = self.manager.statistics(version.name)["model_stats"]
             models[version.name] = {
                 "statistics": stats[0] if stats else None,
                 "percentiles_ms": version.statistics.percentiles_ms(),
@@ -324,17 +324,19 @@ class App:
             }
         return {"models": models, "inflight_bytes": self.inflight_bytes}
 
-    def _authorise(self, scope: Scope) -> None:
-        assert self._token is not None
-        given = next((value for key, value in scope["headers"] if key == b"authorization"), b"")
+    def authorised(self, headers: Iterable[Header]) -> bool:
+        """Whether the token is shown, where one is needed."""
+        if self._token is None:
+            return True
+        given = next((value for key, value in headers if key == b"authorization"), b"")
         scheme, _, credentials = given.partition(b" ")
-        if not hmac.compare_digest(scheme.lower() + b" " + credentials.strip(), self._token):
-            raise UnauthorizedError("a bearer token is needed: Authorization: Bearer TOKEN")
+        return hmac.compare_digest(scheme.lower() + b" " + credentials.strip(), self._token)
 
     def _json(self, value: Any) -> Answer:
         return Answer(200, self._dumps(value), JSON)
 
-    def _error(self, error: ServeError) -> Answer:
+    def error(self, error: ServeError) -> Answer:
+        """The answer that says what went wrong."""
         headers = [JSON]
         if isinstance(error, OverloadedError):
             headers.append((b"retry-after", str(max(1, round(error.retry_after_s))).encode()))

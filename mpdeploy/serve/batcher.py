@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 import threading
 import time
-from asyncio import Future
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from mpdeploy.artifact import Array
 from mpdeploy.serve.contract import Contract, Key
@@ -23,6 +22,22 @@ from mpdeploy.serve.messages import (
     ServeError,
     UnavailableServeError,
 )
+
+
+class Reply(Protocol):
+    """Who waits for a request's outputs: an asyncio future or what looks like one. Called on the event loop's thread, but for `done`."""
+
+    def done(self) -> bool:
+        """Whether it has its answer, or wants none."""
+
+    def cancelled(self) -> bool:
+        """Whether it wants none."""
+
+    def set_result(self, outputs: dict[str, Array], /) -> None:
+        """The outputs by name."""
+
+    def set_exception(self, error: ServeError, /) -> None:
+        """Why there are none."""
 
 
 class Item:
@@ -47,7 +62,7 @@ class Item:
         arrays: tuple[Array, ...],
         rows: int,
         key: Key,
-        future: Future[dict[str, Array]],
+        future: Reply,
         deadline: float,
         cancelled: Callable[[], bool] | None,
     ) -> None:

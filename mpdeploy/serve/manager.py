@@ -107,10 +107,12 @@ class ModelManager:
             ServeError: of the kind that says what happened.
         """
         version = self.version(request.model_name, request.model_version)
-        outputs = await version.infer(request)
-        if request.outputs:
-            outputs = {output.name: outputs[output.name] for output in request.outputs}
-        return InferResponse(version.name, version.number, request.id, outputs)
+        return version.response(request, await version.infer(request))
+
+    def serves(self, name: str, version: str | None) -> bool:
+        """Whether there is such a model, of this version where one is named."""
+        found = self._versions.get(name)
+        return found is not None and (not version or version == found.number)
 
     def version(self, name: str, version: str | None = None) -> Version:
         """The version that serves.

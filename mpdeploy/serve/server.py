@@ -21,6 +21,7 @@ from typing import Any
 from mpdeploy.errors import MissingExtraError, UnavailableError
 from mpdeploy.serve.app import App
 from mpdeploy.serve.connection import connection_class
+from mpdeploy.serve.direct import Door
 from mpdeploy.serve.logs import AccessLog, set_up_logging
 from mpdeploy.serve.manager import ModelManager
 from mpdeploy.serve.options import ServerOptions
@@ -191,6 +192,7 @@ def described(options: ServerOptions, bound: socket.socket, manager: ModelManage
 def _config(app: App, options: ServerOptions, uvicorn: Any) -> Any:
     protocol = connection_class()
     protocol.limits = options  # type: ignore[attr-defined]
+    protocol.door = Door(app)  # type: ignore[attr-defined]
     return uvicorn.Config(
         app,
         http=protocol,
@@ -234,6 +236,8 @@ async def _start_grpc(manager: ModelManager, options: ServerOptions) -> Any:
 
     chosen = GrpcOptions(
         max_request_bytes=options.max_body_bytes,
+        max_inflight_bytes=options.max_inflight_bytes,
+        share_port=options.num_processes > 1,
         token=options.token,
         certificate=options.tls_cert,
         key=options.tls_key,

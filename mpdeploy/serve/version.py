@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 
 from mpdeploy.artifact import Array
-from mpdeploy.serve.batcher import Batcher, Item
+from mpdeploy.serve.batcher import Batcher, Item, Reply
 from mpdeploy.serve.contract import Contract
 from mpdeploy.serve.instance import Done, Instance, Watcher
 from mpdeploy.serve.messages import (
     CancelledRequestError,
     DeadlineError,
     InferRequest,
+    InferResponse,
     ModelMetadata,
     OverloadedError,
     ServeError,
@@ -89,21 +90,30 @@ class Version:
         Raises:
             ServeError: of the kind that says what happened.
         """
+        future: asyncio.Future[dict[str, Array]] = self._loop.create_future()
+        self.submit(request, future)
+        return await future
+
+    def submit(self, request: InferRequest, reply: Reply) -> None:
+        """Queue a request whose outputs, all of them, or ServeError `reply` will get.
+
+        Raises:
+            ServeError: it was not queued; `reply` hears nothing.
+        """
         statistics = self.statistics
         try:
             if self.dead is not None:
                 raise UnavailableServeError("the engine of this model ended; the server's log says why")
             arrays, rows, key = self.contract.admit(request)
             if not rows:
-                answer = self.contract.empty_answer()
+                reply.set_result(self.contract.empty_answer())
                 statistics.answered(0)
-                return answer
+                return
             now = time.monotonic()
             deadline = now + self.options.deadline_s if request.deadline is None else request.deadline
             if deadline <= now:
                 raise DeadlineError("the deadline had passed when the request came in")
-            future: asyncio.Future[dict[str, Array]] = self._loop.create_future()
-            self.batcher.submit(Item(arrays, rows, key, future, deadline, request.cancelled))
+            self.batcher.submit(Item(arrays, rows, key, reply, deadline, request.cancelled))
         except ServeError as error:
             statistics.failed(_reason(error))
             raise
@@ -111,8 +121,12 @@ class Version:
         if not self._waking:  # requests that came in together are queued first, and share a batch
             self._waking = True
             self._loop.call_soon(self._wake)
-        outputs = await future
-        return self._encoded(outputs) if self._texts else outputs
+
+    def response(self, request: InferRequest, outputs: Mapping[str, Array]) -> InferResponse:
+        """The outputs that were asked for, as an answer."""
+        if request.outputs:
+            outputs = {output.name: outputs[output.name] for output in request.outputs}
+        return InferResponse(self.name, self.number, request.id, outputs)
 
     def _wake(self) -> None:
         self._waking = False
@@ -186,7 +200,7 @@ class Version:
             elif now > item.deadline:
                 self._fail(item, DeadlineError("the deadline passed while the request was computed"), now_ns)
             else:
-                future.set_result(item.result)
+                future.set_result(self._encoded(item.result) if self._texts else item.result)
                 statistics.queue_ns += item.started_ns - item.queued_ns
                 statistics.answered(now_ns - item.queued_ns)
 
