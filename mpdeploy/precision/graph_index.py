@@ -350,12 +350,28 @@ def sort_nodes(model: ir.Model) -> None:
         ModelError: a cycle.
     """
     for graph in all_graphs(model.graph):
+        if _is_sorted(graph):
+            continue
         try:
             graph.sort()
         except ValueError as error:
             raise ModelError(
                 f"The graph '{graph.name}' has a cycle: {error}.", hint="onnx.checker.check_model names the nodes"
             ) from error
+
+
+def _is_sorted(graph: ir.Graph) -> bool:
+    """Whether every value is made before it is used; not said of a graph whose nodes have bodies, which use values too."""
+    made: set[ir.Node] = set()
+    for node in graph:
+        if _may_hold_bodies(node):
+            return False
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None and producer not in made and producer.graph is graph:
+                return False
+        made.add(node)
+    return True
 
 
 _DTYPE_OF_STRING = {

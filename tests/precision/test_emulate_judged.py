@@ -8,6 +8,7 @@ torch's kernels store half between modules, as hardware does, but fuse nothing; 
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,27 @@ def test_drift_is_that_of_torch_in_half(name: str, precision: str, dtype: str, f
             f"{name} {precision}: emulated {rel_l2(emulated, expected):.3g}, torch {rel_l2(torchs, expected):.3g}, ratio {ratio:.2f}"
         )
         assert 0.8 < ratio < 1.25
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_an_emulated_run_takes_at_most_3_times_an_fp32_run(name: str, precision: str, folder: Path) -> None:
+    """Processor time, in turns in one process, so that what else the machine does counts for both."""
+    model = zoo.export(name, folder)
+    if model is None:
+        pytest.skip(f"the weights of {name} are not installed")
+    feeds = model.feeds(8, 0)
+    prepared = prepare(load_model(model.path), FORMATS[precision])
+    mixed = rewrite(prepared, make_plan(prepared.index, FORMATS[precision]))
+    with OrtRunner(model.path) as fp32, emulated_runner(mixed) as half:
+        ratios = []
+        for _ in range(8):
+            marks = [time.process_time()]
+            for runner in (fp32, half):
+                runner.infer(feeds)
+                marks.append(time.process_time())
+            ratios.append((marks[2] - marks[1]) / (marks[1] - marks[0]))
+    assert np.median(ratios[1:]) < 3, ratios
 
 
 def _flags() -> set[str]:

@@ -23,28 +23,24 @@ class RefreshShapesPass(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Refresh."""
         outputs = set(model.graph.outputs)
-        before: list[tuple[ir.Value, ir.Shape | None]] = []
+        before: dict[ir.Value, ir.Shape | None] = {}
         for graph in all_graphs(model.graph):
             for node in graph:
-                before += [(value, value.shape) for value in node.outputs]
                 domain = "" if node.domain == "ai.onnx" else node.domain
-                if signature(domain, node.op_type, model.graph.opset_imports.get(node.domain, 1)) is None:
-                    continue
+                known = signature(domain, node.op_type, model.graph.opset_imports.get(node.domain, 1)) is not None
                 for value in node.outputs:
-                    if value not in outputs:
+                    before[value] = value.shape
+                    if known and value not in outputs:
                         value.shape = None
         inferred = _inferred(model)
         if inferred is not None:
-            _take(model.graph, inferred.graph, outputs)
-        modified = any(not _same(value.shape, shape) for value, shape in before)
-        return ir.passes.PassResult(model, modified=modified)
+            _take(model.graph, inferred.graph, outputs, before)
+        return ir.passes.PassResult(model, modified=any(value.shape is not shape for value, shape in before.items()))
 
 
-def _same(shape: ir.Shape | None, before: ir.Shape | None) -> bool:
-    return shape is before if shape is None or before is None else shape == before
-
-
-def _take(graph: ir.Graph, inferred: onnx.GraphProto, outputs: set[ir.Value]) -> None:
+def _take(
+    graph: ir.Graph, inferred: onnx.GraphProto, outputs: set[ir.Value], before: dict[ir.Value, ir.Shape | None]
+) -> None:
     """Take over what was inferred, body by body: nodes stand in the same order in both."""
     found = {info.name: info.type for info in (*inferred.value_info, *inferred.output)}
     for node, proto in zip(graph, inferred.node, strict=True):
@@ -53,7 +49,7 @@ def _take(graph: ir.Graph, inferred: onnx.GraphProto, outputs: set[ir.Value]) ->
             if match is None or value in outputs:
                 continue
             if match.HasField("tensor_type"):
-                value.shape = _shape(match.tensor_type) if match.tensor_type.HasField("shape") else None
+                value.shape = _shape(match.tensor_type, before[value]) if match.tensor_type.HasField("shape") else None
                 if value.type is None and match.tensor_type.elem_type:
                     value.type = ir.TensorType(ir.DataType(match.tensor_type.elem_type))
             else:
@@ -63,13 +59,15 @@ def _take(graph: ir.Graph, inferred: onnx.GraphProto, outputs: set[ir.Value]) ->
         if inner:
             protos = [item.g for item in proto.attribute if item.type == onnx.AttributeProto.GRAPH]
             for (_, body), body_proto in zip(inner, protos, strict=False):
-                _take(body, body_proto, outputs)
+                _take(body, body_proto, outputs, before)
 
 
-def _shape(tensor: onnx.TypeProto.Tensor) -> ir.Shape:
-    return ir.Shape(
-        [axis.dim_value if axis.HasField("dim_value") else (axis.dim_param or None) for axis in tensor.shape.dim]
-    )
+def _shape(tensor: onnx.TypeProto.Tensor, before: ir.Shape | None) -> ir.Shape:
+    """The inferred shape; the declared one itself where that was right."""
+    axes = [axis.dim_value if axis.HasField("dim_value") else (axis.dim_param or None) for axis in tensor.shape.dim]
+    if before is not None and axes == [axis if isinstance(axis, int) else axis.value for axis in before]:
+        return before
+    return ir.Shape(axes)
 
 
 def _inferred(model: ir.Model) -> onnx.ModelProto | None:
