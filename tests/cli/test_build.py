@@ -71,7 +71,7 @@ def test_options_reach_the_engine_and_its_document(command, model, tmp_path):
         "--output", tmp_path / "e", "--json",
     )  # fmt: skip
     assert document(process)["options"] == {
-        "provider": "auto", "threads": 1, "inter_op_threads": None, "spinning": "off",
+        "provider": "auto", "threads": 1, "inter_op_threads": None, "spinning": "off", "tf32": False,
     }  # fmt: skip
 
 
