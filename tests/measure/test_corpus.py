@@ -94,6 +94,7 @@ def test_macro_f1_degraded_by_exactly_the_margin_hardly_ever_passes():
     ("n", "shares", "lost", "gained"),
     [
         (300, EQUAL, [0.02] * 4, 0.0),
+        (300, EQUAL, [0.1] * 4, 0.0),
         (300, EQUAL, [0.1] * 4, 0.5),
         (1000, RARE, [0.05] * 4, 0.1),
         (300, RARE, [0.05, 0.05, 0.05, 0.2], 0.1),  # half of the drop is in a class of nine samples
