@@ -68,10 +68,9 @@ def _examine(tensor: ir.TensorProtocol, half: HalfFormat) -> ConstantFault | Non
 def _surely_held(array: np.ndarray[Any, Any], half: HalfFormat) -> bool:
     """Whether even half a grid step of error in every value would be within the limit: so it is for the weights of most layers."""
     flat = array.reshape(-1)
-    energy = float(
-        np.dot(flat, flat)
-    )  # too small where squares underflow, NaN where a value is: then a closer look follows
-    return flat.size * (half.min_subnormal / 2) ** 2 <= LOSS_LIMIT**2 * energy
+    energy = float(np.dot(flat, flat))  # too small where squares underflow: then a closer look follows
+    # infinite or NaN where a value is: it would outweigh everything that is lost beside it
+    return math.isfinite(energy) and flat.size * (half.min_subnormal / 2) ** 2 <= LOSS_LIMIT**2 * energy
 
 
 def _finite_amax(array: np.ndarray[Any, Any]) -> float:

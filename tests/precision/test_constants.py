@@ -58,6 +58,14 @@ def test_a_weight_matrix_is_judged_by_its_energy() -> None:
 def test_infinities_and_nan_in_a_constant_pass_as_they_are() -> None:
     assert _fault([np.inf, np.nan, 1.0]) is None
     assert _fault([np.inf] * 20 + [1e6])[0] == "overflow"
+
+
+@pytest.mark.parametrize("special", [np.inf, -np.inf, np.nan])
+def test_a_value_that_is_not_finite_does_not_outweigh_what_is_lost_beside_it(special: float) -> None:
+    lost = np.random.default_rng(0).standard_normal(1000) * 1e-9
+    kind, text = _fault(np.concatenate([lost, [special]]))
+    assert kind == "underflow"
+    assert text.startswith("rounding loses ")
     assert _fault([np.nan] * 20 + [2.0]) is None
 
 
