@@ -134,7 +134,7 @@ def _serve(options: Any, server: str, on_ready: Any) -> int:
         from mpdeploy.serve.triton_server import serve_with_triton
 
         return serve_with_triton(options, on_ready=on_ready)
-    from mpdeploy.serve.server import serve as run_server
+    from mpdeploy.serve.start import serve as run_server
 
     return run_server(options, on_ready)
 

@@ -79,29 +79,18 @@ def run_process(
     Raises:
         MpdeployError: the run cannot be served.
     """
-    uvloop = _uvloop()
+    uvloop = uvloop_module()
     set_up_logging(options.log_format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(options, bound, folder, on_ready))
 
 
-def serve(options: ServerOptions, on_ready: Ready | None = None) -> int:
-    """Serve a run, in one process or several, until a signal says otherwise; the exit code.
+def uvloop_module() -> Any:
+    """Uvloop.
 
     Raises:
-        MpdeployError: the run cannot be served, or the port cannot be had.
+        MissingExtraError: it is not installed.
     """
-    _uvloop()
-    connection_class()
-    with contextlib.closing(bound_socket(options.host, options.port)) as bound:
-        if options.num_processes == 1 and not options.devices:
-            return run_process(options, bound, on_ready=on_ready)
-        from mpdeploy.serve.workers import run_workers
-
-        return run_workers(options, bound, on_ready=on_ready)
-
-
-def _uvloop() -> Any:
     try:
         import uvloop
     except ImportError as error:

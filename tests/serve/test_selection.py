@@ -163,7 +163,7 @@ def test_an_engine_s_verdict_is_the_worst_of_its_own_place_and_of_what_it_was_ma
 
 def test_the_command_line_refuses_with_the_exit_code_of_the_reason(tmp_path, capsys, monkeypatch):
     from mpdeploy.serve.options import ServerOptions
-    from mpdeploy.serve.server import serve
+    from mpdeploy.serve.start import serve
 
     run = make_run(tmp_path / "run", checksum_model(), limits={"onnxruntime": -1.0})
     with pytest.raises(MpdeployError) as caught:
