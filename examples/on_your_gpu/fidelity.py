@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from machine import Session
-from torch import nn
 
 from mpdeploy.building import build
 from mpdeploy.conversion import convert
@@ -21,6 +17,7 @@ from mpdeploy.emulated_runs import emulated_runner
 from mpdeploy.engines import ENGINES, backend
 from mpdeploy.engines.onnxruntime import OrtRunner, loads_cuda
 from mpdeploy.errors import MpdeployError
+from mpdeploy.measure.drift import drift_of
 from mpdeploy.precision.formats import FORMATS
 from mpdeploy.precision.model_io import load_model, save_model
 from mpdeploy.precision.plan import make_plan
@@ -28,24 +25,14 @@ from mpdeploy.precision.rewrite import prepare, rewrite
 
 NUM_SAMPLES = 32
 LOST = 0.5
-# Where torch's half modules store what hardware stores; others compute parts in FP32 of their own accord (RMSNorm, rotary angles).
-TORCH_JUDGES = (
-    "resnet", "mobilenetv2", "convnext", "vit", "swin", "segformer", "bert", "gpt2", "whisper_encoder", "wav2vec2",
-)  # fmt: skip
 DRY_ARCHITECTURES = ("resnet", "bert", "mobilenetv2_uncalibrated")
 
 Arrays = Mapping[str, np.ndarray]
 
 
 def rel_l2(found: Arrays, golden: Arrays) -> float:
-    """Of the worst output, in float64; infinite where a value is not finite."""
-    worst = 0.0
-    for name, expected in golden.items():
-        if not np.isfinite(found[name]).all():
-            return float("inf")
-        difference = np.linalg.norm(found[name].astype(np.float64) - expected.astype(np.float64))
-        worst = max(worst, float(difference / np.linalg.norm(expected.astype(np.float64))))
-    return worst
+    """Of the worst output; infinite where a value is not finite."""
+    return drift_of([(golden, found)]).rel_l2
 
 
 def fidelity(session: Session) -> dict[str, Any]:
@@ -90,10 +77,12 @@ def _row(session: Session, zoo: Any, name: str, precision: str, folder: Path) ->
                 continue
             drift = rel_l2(opened.infer(feeds), golden)
             row["engines"][engine] = _judged(row["emulated"], drift)
-    if name in TORCH_JUDGES:
+    if name in zoo.TORCH_JUDGES:
         with emulated_runner(_all_half(model.path, precision)) as runner:
             row["emulated_all_half"] = rel_l2(runner.infer(feeds), golden)
-        drift = rel_l2(_torch_answers(session, zoo, name, precision, feeds, list(golden)), golden)
+        dtype = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+        answers = zoo.torch_in_half(name, dtype, feeds, device=session.device)
+        drift = rel_l2(dict(zip(golden, answers, strict=True)), golden)
         row["torch_all_half"] = _judged(row["emulated_all_half"], drift)
     return row
 
@@ -133,29 +122,3 @@ def _opened(session: Session, engine: str, model: Path, feeds: Arrays, folder: P
         return
     with row.load(built) as runner:
         yield runner
-
-
-def _torch_answers(
-    session: Session, zoo: Any, name: str, precision: str, feeds: Arrays, outputs: list[str]
-) -> dict[str, np.ndarray]:
-    """torch's half modules on the same weights, BatchNorm folded as the exported graph has it."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(0)
-        module = _folded(zoo.RECIPES[name].build()).to(dtype).to(session.device)
-        given = [torch.from_numpy(array).to(session.device) for array in feeds.values()]
-        answered = module(*(x.to(dtype) if x.is_floating_point() else x for x in given))
-    answered = answered if isinstance(answered, tuple) else (answered,)
-    return {name: value.float().cpu().numpy() for name, value in zip(outputs, answered, strict=True)}
-
-
-def _folded(module: nn.Module) -> nn.Module:
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-    for parent in module.modules():
-        for (first, conv), (second, norm) in itertools.pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(parent, first, fuse_conv_bn_eval(conv, norm))
-                setattr(parent, second, nn.Identity())
-    return module

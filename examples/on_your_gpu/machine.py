@@ -94,8 +94,3 @@ def _nvidia_smi(field: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def memory_of_device(device: str) -> int:
-    """Bytes that torch holds on the GPU; 0 on a CPU."""
-    return torch.cuda.memory_allocated() if device == "cuda" else 0

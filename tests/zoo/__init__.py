@@ -16,7 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from filelock import FileLock
 
 from . import audio, text, vision
 from .digits import TRAPS, DigitsModel, trained_digits_cnn
+from .half import TORCH_JUDGES, answers_in_half
 from .recipe import Recipe
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (*vision.RECIPES, *text.RECIPES, *audio.RECIPES)}
@@ -71,6 +72,11 @@ def export(name: str, folder: Path) -> ZooModel | None:
     )
 
 
+def torch_in_half(name: str, dtype: str, feeds: Mapping[str, np.ndarray], *, device: str = "cpu") -> list[np.ndarray]:
+    """What torch's half modules answer, one array an output: `dtype` is `float16` or `bfloat16`."""
+    return answers_in_half(RECIPES[name].build, dtype, feeds, device)
+
+
 def cache_folder() -> Path | None:
     """Where exported models outlive a test run: the folder that the environment variable MPDEPLOY_ZOO names, or None."""
     named = os.environ.get("MPDEPLOY_ZOO")
@@ -87,4 +93,15 @@ def _key() -> str:
     return digest.hexdigest()
 
 
-__all__ = ["NAMES", "RECIPES", "TRAPS", "DigitsModel", "ZooModel", "cache_folder", "export", "trained_digits_cnn"]
+__all__ = [
+    "NAMES",
+    "RECIPES",
+    "TORCH_JUDGES",
+    "TRAPS",
+    "DigitsModel",
+    "ZooModel",
+    "cache_folder",
+    "export",
+    "torch_in_half",
+    "trained_digits_cnn",
+]
