@@ -49,6 +49,17 @@ def run_copy(finished_run: FinishedRun, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="session")
+def zoo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models of the zoo are exported to: once for all tests of a run, those of other workers too (the zoo locks each model)."""
+    from tests import zoo
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "zoo"
+    shared.mkdir(exist_ok=True)
+    return zoo.cache_folder() or shared
+
+
 @pytest.fixture
 def tiny_file(tmp_path: Path) -> Path:
     """The tiny pipeline's file, for a test to edit."""

@@ -28,15 +28,10 @@ pytestmark = pytest.mark.slow
 NUM_SAMPLES = 32
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
-
-
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
 @pytest.mark.parametrize("name", zoo.TORCH_JUDGES)
-def test_drift_is_that_of_torch_in_half(name: str, precision: str, dtype: str, folder: Path) -> None:
-    model = zoo.export(name, folder)
+def test_drift_is_that_of_torch_in_half(name: str, precision: str, dtype: str, zoo_folder: Path) -> None:
+    model = zoo.export(name, zoo_folder)
     feeds = model.feeds(NUM_SAMPLES, 5)
     with OrtRunner(model.path) as runner:
         golden = list(runner.infer(feeds).values())
@@ -56,9 +51,9 @@ def test_drift_is_that_of_torch_in_half(name: str, precision: str, dtype: str, f
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_an_emulated_run_takes_at_most_3_times_an_fp32_run(name: str, precision: str, folder: Path) -> None:
+def test_an_emulated_run_takes_at_most_3_times_an_fp32_run(name: str, precision: str, zoo_folder: Path) -> None:
     """Processor time, in turns in one process, so that what else the machine does counts for both."""
-    model = zoo.export(name, folder)
+    model = zoo.export(name, zoo_folder)
     if model is None:
         pytest.skip(f"the weights of {name} are not installed")
     feeds = model.feeds(8, 0)
@@ -87,12 +82,12 @@ def _flags() -> set[str]:
 @pytest.mark.parametrize(("precision", "flag"), [("fp16", "avx512_fp16"), ("bf16", "amx_bf16")])
 @pytest.mark.parametrize("name", [name for name in zoo.NAMES if name not in ("minilm", "mobilenetv2_uncalibrated")])
 def test_drift_is_that_of_openvino_running_the_graph_as_typed(
-    name: str, precision: str, flag: str, folder: Path, tmp_path: Path
+    name: str, precision: str, flag: str, zoo_folder: Path, tmp_path: Path
 ) -> None:
     if flag not in _flags():
         pytest.skip(f"this CPU has no {flag}: OpenVINO computes {precision} nodes in FP32 here and cannot judge")
     ov = pytest.importorskip("openvino")
-    model = zoo.export(name, folder)
+    model = zoo.export(name, zoo_folder)
     feeds = model.feeds(NUM_SAMPLES, 5)
     output = tmp_path / "half.onnx"
     inputs = input_specs(load_model(model.path))

@@ -25,18 +25,13 @@ from tests.precision.visible import rel_l2
 NUM_SAMPLES = 32
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
-
-
 def _feeds(path: Path, arrays: dict[str, np.ndarray], tmp_path: Path) -> FeedSet:
     np.savez(tmp_path / "x.npz", **arrays)
     return load_feeds(str(tmp_path / "x.npz"), input_specs(load_model(path)), where=path.name)
 
 
-def _export(name: str, folder: Path) -> zoo.ZooModel:
-    model = zoo.export(name, folder)
+def _export(name: str, zoo_folder: Path) -> zoo.ZooModel:
+    model = zoo.export(name, zoo_folder)
     if model is None:
         pytest.skip(f"the weights of {name} are not installed (package {zoo.RECIPES[name].needs_package})")
     return model
@@ -45,9 +40,11 @@ def _export(name: str, folder: Path) -> zoo.ZooModel:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_an_architecture_converts_runs_and_is_not_lost(name: str, precision: str, folder: Path, tmp_path: Path) -> None:
+def test_an_architecture_converts_runs_and_is_not_lost(
+    name: str, precision: str, zoo_folder: Path, tmp_path: Path
+) -> None:
     """Full checker, ONNX Runtime and (where it is installed) TensorRT-RTX's parser take it; rules and ranges keep the signal."""
-    model = _export(name, folder)
+    model = _export(name, zoo_folder)
     output = tmp_path / "out.onnx"
     feeds = _feeds(model.path, model.feeds(NUM_SAMPLES, 0), tmp_path)
     done = convert(model.path, data=feeds, keep_io=True, precision=precision, output=output)  # type: ignore[arg-type]
@@ -63,9 +60,9 @@ def test_an_architecture_converts_runs_and_is_not_lost(name: str, precision: str
 
 
 @pytest.mark.slow
-def test_the_lost_signal_is_told_named_and_not_written(folder: Path, tmp_path: Path) -> None:
+def test_the_lost_signal_is_told_named_and_not_written(zoo_folder: Path, tmp_path: Path) -> None:
     """mobilenetv2 with uncalibrated BatchNorm, all half: no peer tells."""
-    model = _export("mobilenetv2_uncalibrated", folder)
+    model = _export("mobilenetv2_uncalibrated", zoo_folder)
     feeds = _feeds(model.path, model.feeds(NUM_SAMPLES, 0), tmp_path)
     with pytest.raises(GateFailedError, match="is lost in half precision") as raised:
         convert(model.path, data=feeds, keep_io=True, use_ranges=False, output=tmp_path / "out.onnx")
@@ -102,12 +99,12 @@ def _drift(path: Path, feeds: FeedSet, **more: object) -> tuple[float, Conversio
         ("digits_epsilon", "small-divisor"),
     ],
 )
-def test_without_this_rule_this_model_is_lost(model_name: str, rule: str, folder: Path, tmp_path: Path) -> None:
+def test_without_this_rule_this_model_is_lost(model_name: str, rule: str, zoo_folder: Path, tmp_path: Path) -> None:
     if model_name.startswith("digits_"):
-        digits = zoo.trained_digits_cnn(folder, model_name.removeprefix("digits_"))
+        digits = zoo.trained_digits_cnn(zoo_folder, model_name.removeprefix("digits_"))
         path, arrays = digits.path, digits.feeds(64)
     else:
-        model = _export(model_name, folder)
+        model = _export(model_name, zoo_folder)
         path, arrays = model.path, model.feeds(NUM_SAMPLES, 0)
     feeds = _feeds(path, arrays, tmp_path)
     with_it, done = _drift(path, feeds)
@@ -120,9 +117,9 @@ def test_without_this_rule_this_model_is_lost(model_name: str, rule: str, folder
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_without_fp32_angles_the_rotary_embedding_of_a_long_text_is_another(
-    precision: str, folder: Path, tmp_path: Path
+    precision: str, zoo_folder: Path, tmp_path: Path
 ) -> None:
-    model = _export("llama", folder)
+    model = _export("llama", zoo_folder)
     rng = np.random.default_rng(0)
     arrays = {"input_ids": rng.integers(3, 100, (4, 640)), "attention_mask": np.ones((4, 640), np.int64)}
     feeds = _feeds(model.path, arrays, tmp_path)
@@ -133,9 +130,9 @@ def test_without_fp32_angles_the_rotary_embedding_of_a_long_text_is_another(
 
 
 @pytest.mark.slow
-def test_without_an_fp32_difference_a_trained_cnn_loses_what_its_camera_saw(folder: Path, tmp_path: Path) -> None:
+def test_without_an_fp32_difference_a_trained_cnn_loses_what_its_camera_saw(zoo_folder: Path, tmp_path: Path) -> None:
     """A sensor whose dark level is 3000, taken off by the model's first node: what is left is a thousandth of what goes in."""
-    digits = zoo.trained_digits_cnn(folder, "none")
+    digits = zoo.trained_digits_cnn(zoo_folder, "none")
     model = onnx.load(digits.path)
     name = model.graph.input[0].name
     for node in model.graph.node:
@@ -180,9 +177,9 @@ def test_without_fp32_sums_a_global_mean_is_lost_on_an_engine_that_sums_in_half(
 
 @pytest.mark.slow
 def test_without_fp32_positions_the_t5_encoder_looks_up_other_buckets(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    zoo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = _export("t5_encoder", folder)
+    model = _export("t5_encoder", zoo_folder)
     feeds = _feeds(model.path, model.feeds(NUM_SAMPLES, 0), tmp_path)
     with_it, _ = _drift(model.path, feeds, precision="bf16")
     monkeypatch.setattr(plan, "position_arithmetic", lambda index: set())
@@ -192,8 +189,8 @@ def test_without_fp32_positions_the_t5_encoder_looks_up_other_buckets(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trap", [trap for trap in zoo.TRAPS if trap != "none"])
-def test_a_planted_trap_is_seen_and_the_labels_stay_right(trap: str, folder: Path, tmp_path: Path) -> None:
-    digits = zoo.trained_digits_cnn(folder, trap)
+def test_a_planted_trap_is_seen_and_the_labels_stay_right(trap: str, zoo_folder: Path, tmp_path: Path) -> None:
+    digits = zoo.trained_digits_cnn(zoo_folder, trap)
     feeds = _feeds(digits.path, digits.feeds(), tmp_path)
     drift, done = _drift(digits.path, feeds)
     assert drift < 1e-2

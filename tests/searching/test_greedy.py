@@ -19,11 +19,6 @@ from tests import zoo
 FP16 = FORMATS["fp16"]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
-
-
 def greedy(path: Path, data: str, share: float, cost: str) -> tuple[float, frozenset[str], float, int]:
     """The limit (a share of the drift of all half), what greedy keeps at it, its cost, and its evaluations.
 
@@ -57,16 +52,16 @@ def _beside_greedy(path: Path, data: str, share: float, cost: str) -> None:
 
 @pytest.mark.parametrize("cost", ["nodes", "traffic"])
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.25])
-def test_a_trained_cnn_keeps_no_more_than_greedy(share: float, cost: str, folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "none")
+def test_a_trained_cnn_keeps_no_more_than_greedy(share: float, cost: str, zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     np.savez(tmp_path / "x.npz", **model.feeds(32))  # type: ignore[arg-type]
     _beside_greedy(model.path, str(tmp_path / "x.npz"), share, cost)
 
 
 @pytest.mark.slow
-def test_a_real_model_keeps_no_more_than_greedy(folder: Path, tmp_path: Path) -> None:
+def test_a_real_model_keeps_no_more_than_greedy(zoo_folder: Path, tmp_path: Path) -> None:
     """MiniLM takes minutes: `run.py model --greedy` in examples/search_benchmark. On vit greedy's 51 nodes beat the search's 53."""
-    model = zoo.export("convnext", folder)
+    model = zoo.export("convnext", zoo_folder)
     assert model is not None
     np.savez(tmp_path / "x.npz", **model.feeds(32, 1))
     _beside_greedy(model.path, str(tmp_path / "x.npz"), 0.25, "nodes")

@@ -21,26 +21,20 @@ from mpdeploy.precision.model_io import input_specs, load_model
 from mpdeploy.precision.rewrite import count_precisions
 from mpdeploy.precision.search.islands import rewrite_with_islands
 from mpdeploy.searching import search_model
-from tests import zoo
 from tests.searching.planted import KINDS, PLANTED, planted_classifier, planted_feeds
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
-
-
-def _written(folder: Path, kinds: Collection[str], tmp_path: Path) -> tuple[Path, str]:
-    ir.save(planted_classifier(folder, kinds), tmp_path / "m.onnx")
-    np.savez(tmp_path / "x.npz", **planted_feeds(folder, kinds))  # type: ignore[arg-type]
+def _written(zoo_folder: Path, kinds: Collection[str], tmp_path: Path) -> tuple[Path, str]:
+    ir.save(planted_classifier(zoo_folder, kinds), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", **planted_feeds(zoo_folder, kinds))  # type: ignore[arg-type]
     return tmp_path / "m.onnx", str(tmp_path / "x.npz")
 
 
 def test_what_only_leaves_the_range_goes_to_bf16_and_what_bf16_cannot_hold_stays_fp32(
-    folder: Path, tmp_path: Path
+    zoo_folder: Path, tmp_path: Path
 ) -> None:
     """The mask's sentinel is the lowest float of all, beyond BF16 too; the other traps are within it."""
-    path, data = _written(folder, KINDS, tmp_path)
+    path, data = _written(zoo_folder, KINDS, tmp_path)
     found = search_model(path, data=data, max_drift=1e-2, mixed_half=True)
     assert found.met
     assert set(found.plan.bf16) == set().union(*(PLANTED[kind] for kind in KINDS if kind != "mask"))
@@ -53,8 +47,8 @@ def test_what_only_leaves_the_range_goes_to_bf16_and_what_bf16_cannot_hold_stays
     assert {e["node"] for e in found.entries if e.get("precision") == "bf16"} == set(found.plan.bf16)
 
 
-def test_a_gate_that_bf16_would_fail_leaves_fp32(folder: Path, tmp_path: Path) -> None:
-    path, data = _written(folder, ["overflow", "epsilon"], tmp_path)
+def test_a_gate_that_bf16_would_fail_leaves_fp32(zoo_folder: Path, tmp_path: Path) -> None:
+    path, data = _written(zoo_folder, ["overflow", "epsilon"], tmp_path)
     plain = search_model(path, data=data, max_drift=1e-3)
     found = search_model(path, data=data, max_drift=1e-3, mixed_half=True)
     assert plain.met
@@ -65,8 +59,8 @@ def test_a_gate_that_bf16_would_fail_leaves_fp32(folder: Path, tmp_path: Path) -
     assert found.evaluations > plain.evaluations
 
 
-def test_the_command_line_writes_a_file_that_every_check_takes(folder: Path, tmp_path: Path) -> None:
-    path, data = _written(folder, ["overflow"], tmp_path)
+def test_the_command_line_writes_a_file_that_every_check_takes(zoo_folder: Path, tmp_path: Path) -> None:
+    path, data = _written(zoo_folder, ["overflow"], tmp_path)
     arguments = ["convert", str(path), "--data", data, "--search", "--max-drift", "1e-2", "--mixed-half", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out.onnx")], catch_exceptions=False)
     assert result.exit_code == 0
@@ -83,8 +77,8 @@ def test_the_command_line_writes_a_file_that_every_check_takes(folder: Path, tmp
     assert PLANTED["overflow"] <= set(again.plan.kept)
 
 
-def test_bf16_throughout_has_nothing_to_mix(folder: Path, tmp_path: Path) -> None:
-    path, data = _written(folder, ["overflow"], tmp_path)
+def test_bf16_throughout_has_nothing_to_mix(zoo_folder: Path, tmp_path: Path) -> None:
+    path, data = _written(zoo_folder, ["overflow"], tmp_path)
     with pytest.raises(UsageError, match="mixes nothing"):
         search_model(path, data=data, max_drift=1e-2, precision="bf16", mixed_half=True)
 
@@ -92,9 +86,9 @@ def test_bf16_throughout_has_nothing_to_mix(folder: Path, tmp_path: Path) -> Non
 # ---- an unreachable gate
 
 
-def test_the_remedy_of_an_unreachable_gate_is_measured(folder: Path, tmp_path: Path) -> None:
+def test_the_remedy_of_an_unreachable_gate_is_measured(zoo_folder: Path, tmp_path: Path) -> None:
     """The user wants every Mul in half; one of them overflows: BF16 there is tried, and meets the gate."""
-    path, data = _written(folder, ["overflow"], tmp_path)
+    path, data = _written(zoo_folder, ["overflow"], tmp_path)
     found = search_model(path, data=data, max_drift=1e-2, must_half=["op:Mul"])
     assert not found.met
     assert any(line.startswith("BF16") and "overflow_b" in line for line in found.advice)
@@ -102,8 +96,8 @@ def test_the_remedy_of_an_unreachable_gate_is_measured(folder: Path, tmp_path: P
     assert found.advice[-1].endswith("which meets the gate")
 
 
-def test_a_remedy_that_bf16_does_not_give_is_measured_in_fp32(folder: Path, tmp_path: Path) -> None:
-    path, data = _written(folder, ["overflow"], tmp_path)
+def test_a_remedy_that_bf16_does_not_give_is_measured_in_fp32(zoo_folder: Path, tmp_path: Path) -> None:
+    path, data = _written(zoo_folder, ["overflow"], tmp_path)
     found = search_model(path, data=data, max_drift=1e-5, must_half=["overflow_b"])
     assert not found.met
     assert "measured with BF16 there" in found.advice[-2]

@@ -37,11 +37,6 @@ REASONS = {
 """Trap -> what must be kept (and nothing else), and the words that name why."""
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
-
-
 def feed_set(model: Path, data: str) -> FeedSet:
     return load_feeds(data, input_specs(load_model(model)), where="test")
 
@@ -52,8 +47,8 @@ def _data(path: Path, feeds: dict[str, np.ndarray]) -> str:
 
 
 @pytest.mark.parametrize("trap", REASONS)
-def test_a_planted_trap_is_found_exactly_and_named(trap: str, folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, trap)
+def test_a_planted_trap_is_found_exactly_and_named(trap: str, zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, trap)
     data = _data(tmp_path / "x.npz", model.feeds(32))
     found = search_model(model.path, data=data, max_drift=1e-2, cost="nodes")
     assert found.met
@@ -77,8 +72,8 @@ def _needed(path: Path, data: str, limit: float) -> frozenset[str]:
     return frozenset(needed)
 
 
-def test_an_additive_gate_is_met_minimal_and_confirmed_on_the_rewritten_model(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "none")
+def test_an_additive_gate_is_met_minimal_and_confirmed_on_the_rewritten_model(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     data = _data(tmp_path / "x.npz", model.feeds(32))
     found = search_model(model.path, data=data, max_drift=2e-4, cost="nodes")
     assert found.met
@@ -91,8 +86,8 @@ def test_an_additive_gate_is_met_minimal_and_confirmed_on_the_rewritten_model(fo
     assert found.held_out_drift != found.seen_drift
 
 
-def test_the_keep_list_file_goes_back_into_convert(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "overflow")
+def test_the_keep_list_file_goes_back_into_convert(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "overflow")
     data = _data(tmp_path / "x.npz", model.feeds(32))
     found = search_model(model.path, data=data, max_drift=1e-2)
     found.write_keep_list(tmp_path / "keep.json")
@@ -106,8 +101,8 @@ def test_the_keep_list_file_goes_back_into_convert(folder: Path, tmp_path: Path)
     assert done.drift.rel_l2 <= 1e-2
 
 
-def test_the_same_seed_gives_the_same_answer_and_a_log_replays(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "none")
+def test_the_same_seed_gives_the_same_answer_and_a_log_replays(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     data = _data(tmp_path / "x.npz", model.feeds(32))
 
     def run(name: str) -> ModelSearch:
@@ -120,8 +115,8 @@ def test_the_same_seed_gives_the_same_answer_and_a_log_replays(folder: Path, tmp
     assert again.answer.evaluations == pytest.approx(first.answer.evaluations)
 
 
-def test_another_gate_begins_a_new_log_and_keeps_the_old_one(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "none")
+def test_another_gate_begins_a_new_log_and_keeps_the_old_one(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     data = _data(tmp_path / "x.npz", model.feeds(32))
     logs = []
     for max_drift in (1e-2, 2e-3, 1e-2):
@@ -135,8 +130,8 @@ def test_another_gate_begins_a_new_log_and_keeps_the_old_one(folder: Path, tmp_p
 # ---- gates on a metric
 
 
-def test_a_metric_gate_keeps_what_accuracy_needs(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "overflow")
+def test_a_metric_gate_keeps_what_accuracy_needs(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "overflow")
     data = _data(tmp_path / "x.npz", {"images": model.images[:64]})
     found = search_model(model.path, data=data, metric="top1", labels=model.labels[:64], max_drop=0.0)
     assert found.met
@@ -144,8 +139,8 @@ def test_a_metric_gate_keeps_what_accuracy_needs(folder: Path, tmp_path: Path) -
     assert found.confirmed_measured <= 0.0
 
 
-def test_a_users_function_gates(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "none")
+def test_a_users_function_gates(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     data = _data(tmp_path / "x.npz", {"images": model.images[:32]})
     calls = []
 
@@ -176,9 +171,9 @@ def test_a_users_function_gates(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_half_a_gate_is_refused(
-    options: dict[str, object], error: type[Exception], words: str, folder: Path, tmp_path: Path
+    options: dict[str, object], error: type[Exception], words: str, zoo_folder: Path, tmp_path: Path
 ) -> None:
-    model = zoo.trained_digits_cnn(folder, "none")
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     data = _data(tmp_path / "x.npz", {"images": model.images[:32]})
     with pytest.raises(error, match=words):
         search_model(model.path, data=data, **options)  # type: ignore[arg-type]
@@ -198,7 +193,7 @@ def test_a_drop_that_is_none_is_refused(text: str) -> None:
 # ---- costs
 
 
-def test_a_measured_profile_decides_what_is_cheap(folder: Path, tmp_path: Path) -> None:
+def test_a_measured_profile_decides_what_is_cheap(zoo_folder: Path, tmp_path: Path) -> None:
     """Two chains of equal error: the one that the profile says is dear stays half."""
     rng = np.random.default_rng(0)
     text = "g (float[N, 16] x) => (float[N, 16] y) { a = MatMul(x, w)  a2 = Tanh(a)  b = MatMul(x, v)  b2 = Tanh(b)  y = Add(a2, b2) }"
@@ -219,9 +214,11 @@ def test_a_measured_profile_decides_what_is_cheap(folder: Path, tmp_path: Path) 
 # ---- ends before the end
 
 
-def test_an_unreachable_gate_ends_with_the_best_reached_and_what_would_be_needed(folder: Path, tmp_path: Path) -> None:
+def test_an_unreachable_gate_ends_with_the_best_reached_and_what_would_be_needed(
+    zoo_folder: Path, tmp_path: Path
+) -> None:
     """The user wants the convolutions in half, come what may, and a drift that half convolutions cannot give."""
-    model = zoo.trained_digits_cnn(folder, "none")
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     data = _data(tmp_path / "x.npz", model.feeds(32))
     found = search_model(model.path, data=data, max_drift=2e-5, must_half=["op:Conv"])
     assert not found.met
@@ -236,8 +233,8 @@ def test_an_unreachable_gate_ends_with_the_best_reached_and_what_would_be_needed
     assert any("Conv" in name for name, _ in found.dominating[:3])
 
 
-def test_what_must_be_half_and_leaves_the_range_is_advised_bf16(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "overflow")
+def test_what_must_be_half_and_leaves_the_range_is_advised_bf16(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "overflow")
     data = _data(tmp_path / "x.npz", model.feeds(32))
     found = search_model(model.path, data=data, max_drift=1e-2, must_half=["op:Mul"])
     assert not found.met
@@ -245,8 +242,8 @@ def test_what_must_be_half_and_leaves_the_range_is_advised_bf16(folder: Path, tm
     assert any(line.startswith("BF16") and "node_mul_11" in line for line in found.advice)
 
 
-def test_evaluations_that_run_out_leave_a_valid_keep_list(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "overflow")
+def test_evaluations_that_run_out_leave_a_valid_keep_list(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "overflow")
     data = _data(tmp_path / "x.npz", model.feeds(32))
     found = search_model(model.path, data=data, max_drift=1e-2, max_evaluations=2.5, folder=tmp_path)
     assert found.answer.stopped
@@ -269,8 +266,8 @@ search_model(Path(sys.argv[1]), data=sys.argv[2], max_drift=2e-4, cost="nodes", 
 """
 
 
-def test_a_killed_process_leaves_its_best_answer_and_is_resumed(folder: Path, tmp_path: Path) -> None:
-    model = zoo.trained_digits_cnn(folder, "none")
+def test_a_killed_process_leaves_its_best_answer_and_is_resumed(zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.trained_digits_cnn(zoo_folder, "none")
     data = _data(tmp_path / "x.npz", model.feeds(32))
     state = tmp_path / "state"
     process = subprocess.Popen([sys.executable, "-c", SLOW, str(model.path), data, str(state)])
@@ -294,8 +291,8 @@ def test_a_killed_process_leaves_its_best_answer_and_is_resumed(folder: Path, tm
 # ---- large models
 
 
-def _quarter(name: str, folder: Path, tmp_path: Path) -> ModelSearch:
-    model = zoo.export(name, folder)
+def _quarter(name: str, zoo_folder: Path, tmp_path: Path) -> ModelSearch:
+    model = zoo.export(name, zoo_folder)
     if model is None:
         pytest.skip("its weights are not installed")
     data = _data(tmp_path / "x.npz", model.feeds(32, 1))
@@ -304,16 +301,16 @@ def _quarter(name: str, folder: Path, tmp_path: Path) -> ModelSearch:
 
 
 @pytest.mark.slow
-def test_minilm_meets_a_quarter_of_its_drift(folder: Path, tmp_path: Path) -> None:
-    found = _quarter("minilm", folder, tmp_path)
+def test_minilm_meets_a_quarter_of_its_drift(zoo_folder: Path, tmp_path: Path) -> None:
+    found = _quarter("minilm", zoo_folder, tmp_path)
     assert found.met
     assert len(found.answer.kept) < 0.65 * found.num_free
     assert math.isfinite(found.answer.evaluation.drift)
 
 
 @pytest.mark.slow
-def test_convnext_meets_a_quarter_of_its_drift(folder: Path, tmp_path: Path) -> None:
-    found = _quarter("convnext", folder, tmp_path)
+def test_convnext_meets_a_quarter_of_its_drift(zoo_folder: Path, tmp_path: Path) -> None:
+    found = _quarter("convnext", zoo_folder, tmp_path)
     assert found.met
     assert len(found.answer.kept) < found.num_free
     assert found.seconds < 180

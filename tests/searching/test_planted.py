@@ -39,14 +39,9 @@ REASONS = {
 """Unit -> what its reason must say."""
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return zoo.cache_folder() or tmp_path_factory.mktemp("zoo")
-
-
-def _written(folder: Path, kinds: Collection[str], tmp_path: Path) -> tuple[Path, str]:
-    ir.save(planted_classifier(folder, kinds), tmp_path / "m.onnx")
-    np.savez(tmp_path / "x.npz", **planted_feeds(folder, kinds))  # type: ignore[arg-type]
+def _written(zoo_folder: Path, kinds: Collection[str], tmp_path: Path) -> tuple[Path, str]:
+    ir.save(planted_classifier(zoo_folder, kinds), tmp_path / "m.onnx")
+    np.savez(tmp_path / "x.npz", **planted_feeds(zoo_folder, kinds))  # type: ignore[arg-type]
     return tmp_path / "m.onnx", str(tmp_path / "x.npz")
 
 
@@ -75,31 +70,31 @@ def _is_exact(found: ModelSearch, kinds: Collection[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_trap_of_each_kind_is_found_exactly_and_named(kind: str, folder: Path, tmp_path: Path) -> None:
-    path, data = _written(folder, [kind], tmp_path)
+def test_a_trap_of_each_kind_is_found_exactly_and_named(kind: str, zoo_folder: Path, tmp_path: Path) -> None:
+    path, data = _written(zoo_folder, [kind], tmp_path)
     found = search_model(path, data=data, max_drift=1e-2)
     _is_exact(found, [kind])
     assert found.answer.kept == _needed(path, data, 1e-2), "any keep-list must hold these, so none is smaller"
 
 
 @pytest.mark.parametrize("cost", ["nodes", "traffic"])
-def test_traps_of_all_five_kinds_in_one_model_are_found_exactly(cost: str, folder: Path, tmp_path: Path) -> None:
-    path, data = _written(folder, KINDS, tmp_path)
+def test_traps_of_all_five_kinds_in_one_model_are_found_exactly(cost: str, zoo_folder: Path, tmp_path: Path) -> None:
+    path, data = _written(zoo_folder, KINDS, tmp_path)
     found = search_model(path, data=data, max_drift=1e-2, cost=cost)  # type: ignore[arg-type]
     _is_exact(found, KINDS)
     assert found.answer.evaluations < found.num_free, "fewer than trying every unit once"
 
 
-def test_the_traps_leave_the_trained_predictions_as_they_are(folder: Path, tmp_path: Path) -> None:
-    path, _ = _written(folder, KINDS, tmp_path)
-    feeds = planted_feeds(folder, KINDS, 360)
-    with OrtRunner(path) as planted, OrtRunner(zoo.trained_digits_cnn(folder, "none").path) as trained:
+def test_the_traps_leave_the_trained_predictions_as_they_are(zoo_folder: Path, tmp_path: Path) -> None:
+    path, _ = _written(zoo_folder, KINDS, tmp_path)
+    feeds = planted_feeds(zoo_folder, KINDS, 360)
+    with OrtRunner(path) as planted, OrtRunner(zoo.trained_digits_cnn(zoo_folder, "none").path) as trained:
         found, expected = planted.infer(feeds)["scores"], trained.infer({"images": feeds["images"]})["scores"]
     np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
 
 
-def test_traps_beside_an_additive_budget_are_kept_with_what_the_budget_needs(folder: Path, tmp_path: Path) -> None:
-    path, data = _written(folder, KINDS, tmp_path)
+def test_traps_beside_an_additive_budget_are_kept_with_what_the_budget_needs(zoo_folder: Path, tmp_path: Path) -> None:
+    path, data = _written(zoo_folder, KINDS, tmp_path)
     found = search_model(path, data=data, max_drift=2e-4, cost="nodes")
     planted = frozenset().union(*PLANTED.values())
     assert found.met
