@@ -34,9 +34,10 @@ def load_splits(pipeline: Pipeline) -> Splits:
 
 def profile_of(context: Context, model: OnnxModel) -> Profile:
     """The shapes an engine is built for: the configured batches, and other symbolic axes as long as the golden samples."""
-    samples = Golden.load(context.run.artifact("20-export", "golden").path).dataset.inputs
-    config = context.pipeline.build
-    shapes = {name: array.shape for name, array in samples.items()}
+    config, shapes = context.pipeline.build, {}
+    if any(not isinstance(axis, int) for spec in model.inputs for axis in (spec.shape or ())[1:]):
+        samples = Golden.load(context.run.artifact("20-export", "golden").path).dataset.inputs
+        shapes = {name: array.shape for name, array in samples.items()}
     return default_profile(model.inputs, config.profile, shapes, config.shortest)
 
 
