@@ -83,7 +83,9 @@ def opener(
 
 
 @contextlib.contextmanager
-def emulated_runner(mixed: ir.Model, *, half_sums: bool = False) -> Iterator[ort_engine.OrtRunner]:
+def emulated_runner(
+    mixed: ir.Model, *, half_sums: bool = False, options: ort_engine.OrtOptions | None = None
+) -> Iterator[ort_engine.OrtRunner]:
     """A mixed model, running as half-precision hardware would; with `half_sums` as the worst of it would (see `emulate`).
 
     Raises:
@@ -96,7 +98,7 @@ def emulated_runner(mixed: ir.Model, *, half_sums: bool = False) -> Iterator[ort
         path = write_model(
             emulate(mixed, half_sums=half_sums), Path(name), "emulated.onnx", external_from_bytes=scratch
         )
-        with ort_engine.OrtRunner(path) as runner:
+        with ort_engine.OrtRunner(path, options=options) as runner:
             yield runner
 
 

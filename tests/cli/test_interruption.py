@@ -186,4 +186,4 @@ def test_training_that_was_killed_goes_on_from_its_last_epoch(before, tmp_path):
         resumed.kill()
         resumed.communicate(timeout=60)
     assert after is not None
-    assert after["history"][: kept["epoch"]] == kept["history"], "it began again"
+    assert after["result"]["history"][: kept["epoch"]] == kept["result"]["history"], "it began again"
