@@ -173,6 +173,7 @@ def convert(
         if feeds is not None and use_ranges:
             progress("taking ranges")
             ranges = measure_ranges(prepared, feeds, folder)
+            warnings += ranges.warnings
             warnings += [
                 f"the FP32 model itself gives NaN in '{tensor}' on feed {feed}"
                 for tensor, feed in list(ranges.nan_tensors.items())[:3]

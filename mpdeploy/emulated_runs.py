@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mpdeploy.artifact import Array, Feeds
+from mpdeploy.body_ranges import measure_body_ranges
 from mpdeploy.data_files import FeedSet
 from mpdeploy.engines import onnxruntime as ort_engine
 from mpdeploy.errors import BuildError
@@ -29,7 +30,7 @@ from mpdeploy.precision.rewrite import Prepared
 
 
 def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path) -> Ranges:
-    """Statistics of every computed float tensor, and of the float inputs, over all feeds."""
+    """Statistics of every computed float tensor, in bodies too, and of the float inputs, over all feeds."""
     values = float_values(prepared.index)
     samples = max((feeds.samples_in(feed) for feed in feeds), default=1)
     sizes = {
@@ -37,8 +38,9 @@ def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path) -> Ranges:
         for value in values
         if value.shape is not None
     }
+    open_model = opener(prepared.model, folder, "ranges")
     ranges = collect_ranges(
-        opener(prepared.model, folder, "ranges"),
+        open_model,
         [value.name or "" for value in values],
         lambda: iter(feeds),
         values_of=sizes,
@@ -49,6 +51,8 @@ def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path) -> Ranges:
             stats = ranges.tensors.setdefault(spec.name, TensorStats())
             for number, feed in enumerate(feeds):
                 stats.add(np.asarray(feed[spec.name], dtype=np.float32), number)
+    if prepared.index.owner:
+        ranges.warnings += measure_body_ranges(prepared.index, ranges, open_model, lambda: iter(feeds), folder)
     return ranges
 
 

@@ -232,7 +232,7 @@ def _specs(session: Any) -> tuple[Specs, Specs]:
 def _spec(item: Any) -> TensorSpec:
     kind = item.type[len("optional(") : -1] if item.type.startswith("optional(") else item.type
     dtype = _NUMPY.get(kind, kind.removeprefix("tensor(").removesuffix(")"))
-    return TensorSpec(item.name, dtype, tuple(item.shape) if item.shape is not None else None)
+    return TensorSpec(item.name, dtype, tuple(item.shape) or None)  # it tells a scalar and an unknown rank alike, as []
 
 
 class OnnxRuntimeBackend:

@@ -130,7 +130,7 @@ def build_flow(
     Args:
         index: the model.
         half: the format.
-        is_fixed: node id -> whether it must be FP32.
+        is_fixed: node id, or border key of an If's output -> whether it must be FP32.
         float_io: name of a graph input or output -> whether it must be FP32.
         size_of: value -> number of elements.
     """
@@ -146,7 +146,7 @@ def build_flow(
         if node.op_type == "Constant" and node.domain in ("", "ai.onnx"):
             continue
         if node.op_type in CONTROL_FLOW:
-            _add_borders(index, flow, node, node_id, edge)
+            _add_borders(index, flow, node, node_id, edge, is_fixed)
             continue
         if not has_float(index, node):
             continue
@@ -205,11 +205,19 @@ def border_key(node_id: str, position: int) -> str:
     return f"{node_id}:out{position}"
 
 
-def _add_borders(index: GraphIndex, flow: Flow, node: ir.Node, node_id: str, edge: Callable[..., None]) -> None:
+def _add_borders(
+    index: GraphIndex,
+    flow: Flow,
+    node: ir.Node,
+    node_id: str,
+    edge: Callable[..., None],
+    is_fixed: Callable[[str], bool],
+) -> None:
     """An If output may be half. What a Loop or Scan carries or collects is FP32: rounding it would add up over iterations."""
     for position, value in enumerate(node.outputs):
         if index.is_float(value):
-            edge(value, flow.add(Unit(border_key(node_id, position), node, fixed=node.op_type != "If")))
+            key = border_key(node_id, position)
+            edge(value, flow.add(Unit(key, node, fixed=node.op_type != "If" or is_fixed(key))))
     if node.op_type != "If":
         carried = flow.add(Unit(f"{node_id}:body", node, fixed=True))
         for _, body in bodies(node):
@@ -245,11 +253,12 @@ def is_exact(node: ir.Node) -> bool:
     return node.domain in ("", "ai.onnx") and node.op_type in EXACT_OPS
 
 
-def float_values(index: GraphIndex) -> list[ir.Value]:
-    """Float tensors of the main graph that are computed: what ranges are taken of."""
+def float_values(index: GraphIndex, graph: ir.Graph | None = None) -> list[ir.Value]:
+    """Float tensors of a graph that are computed: what ranges are taken of. Of a body its float inputs too, of the main graph not."""
+    home = index.model.graph if graph is None else graph
+    given = () if graph is None else tuple(graph.inputs)
     return [
         value
-        for node in index.model.graph
-        for value in node.outputs
-        if value.name and index.dtypes.get(value) == FLOAT and node.op_type != "Constant"
+        for value in (*given, *(value for node in home if node.op_type != "Constant" for value in node.outputs))
+        if value.name and index.dtypes.get(value) == FLOAT
     ]

@@ -134,7 +134,7 @@ def make_plan(
                 Reason("op", "arithmetic on positions that ends in integers: rounding would give another index")
             )
     _keep_for_constants(index, half, reasons, ranges)
-    float_names = set(float_io)
+    float_names, float_borders = set(float_io), set[str]()
     if ranges is not None:
         tensors = Tensors(index, half, ranges)
         for rule in RANGE_RULES:
@@ -144,11 +144,13 @@ def make_plan(
                 for node_id in verdict.nodes:
                     if node_id in reasons:
                         reasons[node_id].append(Reason(rule.kind, verdict.text))
+                    else:
+                        float_borders.add(node_id)
                 float_names.update(verdict.io)
     flow = build_flow(
         index,
         half,
-        is_fixed=lambda node_id: bool(reasons.get(node_id)),
+        is_fixed=lambda key: bool(reasons.get(key)) or key in float_borders,
         float_io=lambda name: name in float_names,
         size_of=_sizes(ranges),
     )

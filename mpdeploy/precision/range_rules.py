@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from mpdeploy.precision.flow import half_ports
+from mpdeploy.precision.flow import border_key, half_ports
 from mpdeploy.precision.formats import FLOAT, HalfFormat
-from mpdeploy.precision.graph_index import GraphIndex
+from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex
 from mpdeploy.precision.ranges import Ranges, TensorStats
 
 CANCELLATION_LIMIT = 16.0
@@ -26,7 +26,7 @@ UNDERFLOW_LIMIT = 2.0**-9
 
 @dataclass(frozen=True, slots=True)
 class RangeVerdict:
-    """Nodes (by id) and graph inputs or outputs (by name) that must be FP32, and the values that say so."""
+    """Nodes (by id), outputs of Ifs (by border key), and graph inputs or outputs (by name) that must be FP32, and why."""
 
     nodes: tuple[str, ...]
     text: str
@@ -40,7 +40,7 @@ class Tensors:
         self.index = index
         self.half = half
         self.ranges = ranges
-        self._outputs = set(index.model.graph.outputs)
+        self._io = {*index.model.graph.inputs, *index.model.graph.outputs}
 
     def each(self) -> Iterator[tuple[ir.Value, TensorStats]]:
         """Float tensors with their statistics."""
@@ -57,12 +57,14 @@ class Tensors:
         """Producer and half-taking consumers of a tensor that half cannot hold."""
         nodes = []
         producer = value.producer()
-        if producer is not None:
+        if producer is not None and producer.op_type in CONTROL_FLOW:
+            nodes.append(border_key(self.index.id_of[producer], producer.outputs.index(value)))
+        elif producer is not None:
             nodes.append(self.index.id_of[producer])
         for node, position in value.uses():
             if position in half_ports(self.index, node, self.half)[0]:
                 nodes.append(self.index.id_of[node])
-        io = (value.name or "",) if producer is None or value in self._outputs else ()
+        io = (value.name or "",) if value in self._io else ()
         return RangeVerdict(tuple(dict.fromkeys(nodes)), text, io)
 
 

@@ -22,6 +22,9 @@ EXPONENT_BIAS = 127
 TAIL_SAMPLES = 10_000
 """The tail is extrapolated to this many feeds."""
 
+CHUNK_BYTES = 256 << 20
+MAX_CHUNK = 64
+
 Infer = Callable[[Feeds], Mapping[str, Array]]
 OpenModel = Callable[[Sequence[str]], AbstractContextManager[Infer]]
 """Given names of intermediate tensors, a context in which feeds are answered with those tensors."""
@@ -58,6 +61,7 @@ class TensorStats:
     source: str = "calibration"
     module: str = ""
     calibration_amax: float | None = None
+    _last_feed: int | None = None
 
     def add(self, array: NDArray[np.float32], feed: int) -> None:
         """Take in one feed's tensor."""
@@ -83,7 +87,11 @@ class TensorStats:
         # float32 dot products of long vectors lose digits, and squares leave its range
         short = finite.size < 1 << 16 and 1e-10 < largest < 1e15
         self.sum_squares += float(np.dot(finite, finite)) if short else _sum_squares(finite)
-        self.feed_amax.append(largest)
+        if feed == self._last_feed:  # a body runs many times a feed
+            self.feed_amax[-1] = max(self.feed_amax[-1], largest)
+        else:
+            self.feed_amax.append(largest)
+        self._last_feed = feed
         self.amax = max(self.amax, largest)
         zeros = int(np.count_nonzero(magnitude_bits == 0)) if counts[0] else 0
         self.num_zero += zeros
@@ -168,12 +176,14 @@ class Ranges:
         tensors: tensor name -> statistics.
         num_feeds, num_samples: how much data they come from.
         synthetic: whether the data was made up; then every reader is told.
+        warnings: what could not be measured, and why.
     """
 
     tensors: dict[str, TensorStats] = field(default_factory=dict)
     num_feeds: int = 0
     num_samples: int = 0
     synthetic: bool = False
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def nan_tensors(self) -> dict[str, int]:
@@ -187,8 +197,8 @@ def collect_ranges(
     feeds: Callable[[], Iterable[Feeds]],
     *,
     values_of: Mapping[str, int] | None = None,
-    chunk_bytes: int = 256 << 20,
-    max_chunk: int = 64,
+    chunk_bytes: int = CHUNK_BYTES,
+    max_chunk: int = MAX_CHUNK,
     num_samples: int = 0,
 ) -> Ranges:
     """Run the model over all feeds, chunk of tensors by chunk, and take statistics.
@@ -203,7 +213,7 @@ def collect_ranges(
         num_samples: for the record.
     """
     ranges = Ranges({name: TensorStats() for name in names}, num_samples=num_samples)
-    for chunk in _chunks(names, values_of or {}, chunk_bytes, max_chunk):
+    for chunk in chunks(names, values_of or {}, chunk_bytes, max_chunk):
         with open_model(chunk) as infer:
             ranges.num_feeds = 0
             for number, feed in enumerate(feeds()):
@@ -213,9 +223,10 @@ def collect_ranges(
     return ranges
 
 
-def _chunks(
-    names: Sequence[str], values_of: Mapping[str, int], chunk_bytes: int, max_chunk: int
+def chunks(
+    names: Sequence[str], values_of: Mapping[str, int], chunk_bytes: int = CHUNK_BYTES, max_chunk: int = MAX_CHUNK
 ) -> Iterable[Sequence[str]]:
+    """Tensors in lots of at most `chunk_bytes` of FP32 values, those of unknown size counted so that `max_chunk` of them make a lot."""
     chunk: list[str] = []
     held = 0
     for name in names:
