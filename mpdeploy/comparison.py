@@ -52,7 +52,7 @@ def compare(
         candidate: likewise.
         data: see `data_files`.
         emulate: round the candidate's half tensors as half hardware would.
-        half_sums: with `emulate`: store sums inside means and norms in half too, the worst an engine may do.
+        half_sums: with `emulate`: hold sums inside means, norms and products in half too, the worst an engine may do.
         engine: run the candidate, an ONNX file, in this engine.
 
     Raises:

@@ -172,7 +172,7 @@ def convert(
         folder = Path(name)
         if feeds is not None and use_ranges:
             progress("taking ranges")
-            ranges = measure_ranges(prepared, feeds, folder)
+            ranges = measure_ranges(prepared, feeds, folder, half)
             warnings += ranges.warnings
             warnings += [
                 f"the FP32 model itself gives NaN in '{tensor}' on feed {feed}"

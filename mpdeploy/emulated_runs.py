@@ -20,17 +20,22 @@ from mpdeploy.data_files import FeedSet
 from mpdeploy.engines import onnxruntime as ort_engine
 from mpdeploy.errors import BuildError
 from mpdeploy.measure.drift import DriftMeter, DriftReport
+from mpdeploy.precision.chain import Chain
+from mpdeploy.precision.dot_products import add_largest_sum, could_leave
 from mpdeploy.precision.emulate import emulate, run_at_opset_21
 from mpdeploy.precision.flow import float_values, shape_size
-from mpdeploy.precision.formats import HALF_TYPES
+from mpdeploy.precision.formats import FLOAT, HALF_TYPES, HalfFormat
 from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, load_model, write_model
 from mpdeploy.precision.passes.name_values import NameValuesPass
 from mpdeploy.precision.ranges import Ranges, TensorStats, collect_ranges
 from mpdeploy.precision.rewrite import Prepared
 
 
-def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path) -> Ranges:
-    """Statistics of every computed float tensor, in bodies too, and of the float inputs, over all feeds."""
+def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path, half: HalfFormat) -> Ranges:
+    """Statistics of every computed float tensor, in bodies too, and of the float inputs, over all feeds.
+
+    Of matrix products and convolutions whose largest inputs could leave the range of `half`, the sums inside are measured too.
+    """
     values = float_values(prepared.index)
     samples = max((feeds.samples_in(feed) for feed in feeds), default=1)
     sizes = {
@@ -51,9 +56,30 @@ def measure_ranges(prepared: Prepared, feeds: FeedSet, folder: Path) -> Ranges:
             stats = ranges.tensors.setdefault(spec.name, TensorStats())
             for number, feed in enumerate(feeds):
                 stats.add(np.asarray(feed[spec.name], dtype=np.float32), number)
+    _measure_sums(prepared, feeds, folder, half, ranges)
     if prepared.index.owner:
         ranges.warnings += measure_body_ranges(prepared.index, ranges, open_model, lambda: iter(feeds), folder)
     return ranges
+
+
+def _measure_sums(prepared: Prepared, feeds: FeedSet, folder: Path, half: HalfFormat, ranges: Ranges) -> None:
+    """Statistics of the largest sums inside dot products of the main graph, where they could matter."""
+    suspects = {
+        node.outputs[0].name for node in prepared.model.graph if could_leave(prepared.index, node, ranges, half)
+    }
+    if not suspects:
+        return
+    watched = prepared.model.clone()
+    made: dict[str, str] = {}  # name of the tensor with the sums -> name of what comes out
+    for node in [node for node in watched.graph if node.outputs[0].name in suspects]:
+        chain = Chain(node)
+        largest = add_largest_sum(chain, FLOAT)
+        largest.type, largest.shape = ir.TensorType(FLOAT), node.outputs[0].shape
+        watched.graph.insert_after(node, chain.nodes)
+        made[largest.name or ""] = node.outputs[0].name or ""
+    sizes = {sums: ranges.tensors[name].count // max(ranges.num_feeds, 1) for sums, name in made.items()}
+    found = collect_ranges(opener(watched, folder, "sums"), list(made), lambda: iter(feeds), values_of=sizes)
+    ranges.sums = {name: found.tensors[sums] for sums, name in made.items()}
 
 
 def opener(

@@ -19,7 +19,9 @@ def compare(
     ] = False,
     half_sums: Annotated[
         bool,
-        typer.Option("--half-sums", help="With --emulate: sums inside means and norms are half too, the worst case."),
+        typer.Option(
+            "--half-sums", help="With --emulate: sums inside means, norms and products are half too, the worst case."
+        ),
     ] = False,
     engine: EngineName = None,
     max_drift: Annotated[float | None, typer.Option(metavar="REL_L2", help="Above it: exit 10.")] = None,

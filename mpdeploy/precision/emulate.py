@@ -27,7 +27,7 @@ def emulate(model: ir.Model, *, half_sums: bool = False) -> ir.Model:
 
     Args:
         model: the mixed model.
-        half_sums: store the sums inside means and norms in half as well: the worst an engine may do.
+        half_sums: hold the sums inside means, norms and products in half as well: the worst an engine may do.
     """
     emulated = model.clone()
     split_as_tensorrt_does(emulated)

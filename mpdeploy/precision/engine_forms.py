@@ -1,8 +1,8 @@
 """What engines make of an op that ONNX calls one: several, with tensors between them that are stored in half as well.
 
 `split_as_tensorrt_does` takes apart what TensorRT's ONNX parser takes apart (11.4 and RTX 1.7, read from the networks it makes; a test
-reads them again). `hold_sums_in_half` goes further than any engine we know of: it stores the sums inside reductions and norms in
-half, which is the worst that an engine may do where its documentation does not say.
+reads them again). `hold_sums_in_half` goes further: it holds the sums inside reductions, norms and dot products in half, which is the
+worst that an engine may do where its documentation does not say.
 """
 
 from __future__ import annotations
@@ -11,53 +11,37 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from mpdeploy.precision.chain import Attributes, Chain
+from mpdeploy.precision.dot_products import DOT_PRODUCTS, add_largest_sum
 from mpdeploy.precision.formats import HALF_TYPES
 from mpdeploy.precision.graph_index import GraphIndex
 
-Attributes = dict[str, ir.Attr]
 
-
-class _Chain:
-    """Nodes that take the place of one, or come after it, each with one output; its type follows from what goes in."""
-
-    def __init__(self, node: ir.Node) -> None:
-        self.node = node
-        self.nodes: list[ir.Node] = []
-
-    def add(self, op: str, inputs: list[ir.Value | None], attributes: Attributes | None = None) -> ir.Value:
-        """Append a node and return its output."""
-        stem = f"{self.node.outputs[0].name}.{len(self.nodes)}"
-        made = ir.node(op, inputs, dict(attributes or {}), name=f"{stem}.{op}")
-        made.outputs[0].name = stem
-        self.nodes.append(made)
-        return made.outputs[0]
-
-
-def _log_softmax(chain: _Chain, attributes: Attributes) -> None:
+def _log_softmax(chain: Chain, attributes: Attributes) -> None:
     chain.add("Log", [chain.add("Softmax", [chain.node.inputs[0]], attributes)])
 
 
-def _sum_of_squares(chain: _Chain, attributes: Attributes) -> None:
+def _sum_of_squares(chain: Chain, attributes: Attributes) -> None:
     taken = chain.node.inputs[0]
     square = chain.add("Mul", [taken, taken])
     chain.add("ReduceL1", [square, *chain.node.inputs[1:]], attributes)  # a sum, in the same form at every opset
 
 
-def _log_sum_exp(chain: _Chain, attributes: Attributes) -> None:
+def _log_sum_exp(chain: Chain, attributes: Attributes) -> None:
     taken, axes = chain.node.inputs[0], list(chain.node.inputs[1:])
-    kept = attributes | {"keepdims": ir.AttrInt64("keepdims", 1)}
+    kept = {**attributes, "keepdims": ir.AttrInt64("keepdims", 1)}
     shifted = chain.add("Sub", [taken, chain.add("ReduceMax", [taken, *axes], kept)])
     total = chain.add("ReduceL1", [chain.add("Exp", [shifted]), *axes], attributes)
     largest = chain.add("ReduceMax", [taken, *axes], attributes)
     chain.add("Add", [chain.add("Log", [total]), largest])
 
 
-def _mish(chain: _Chain, attributes: Attributes) -> None:
+def _mish(chain: Chain, attributes: Attributes) -> None:
     taken = chain.node.inputs[0]
     chain.add("Mul", [taken, chain.add("Tanh", [chain.add("Softplus", [taken])])])
 
 
-TENSORRT_SPLITS: dict[str, Callable[[_Chain, Attributes], None]] = {
+TENSORRT_SPLITS: dict[str, Callable[[Chain, Attributes], None]] = {
     "LogSoftmax": _log_softmax,
     "ReduceSumSquare": _sum_of_squares,
     "ReduceLogSumExp": _log_sum_exp,
@@ -73,7 +57,7 @@ def split_as_tensorrt_does(model: ir.Model) -> None:
         dtype = index.dtypes.get(node.outputs[0]) if split is not None else None
         if split is None or dtype not in HALF_TYPES:
             continue
-        chain = _Chain(node)
+        chain = Chain(node)
         made, users = node.outputs[0], list(node.outputs[0].uses())
         split(chain, dict(node.attributes))
         _continue_with(index, chain, users)
@@ -82,7 +66,7 @@ def split_as_tensorrt_does(model: ir.Model) -> None:
         node.graph.remove(node, safe=True)
 
 
-def _continue_with(index: GraphIndex, chain: _Chain, users: Sequence[tuple[ir.Node, int]]) -> None:
+def _continue_with(index: GraphIndex, chain: Chain, users: Sequence[tuple[ir.Node, int]]) -> None:
     """The chain's last output takes the name and the users of the node's."""
     made, last = chain.node.outputs[0], chain.nodes[-1].outputs[0]
     assert chain.node.graph is not None
@@ -102,17 +86,25 @@ NORMS = frozenset({"LayerNormalization", "InstanceNormalization", "GroupNormaliz
 
 
 def hold_sums_in_half(model: ir.Model) -> None:
-    """Store the sum inside a half mean, and the squares inside a half norm, in half: where they overflow, so does what comes out."""
+    """Hold the sums inside half means and dot products, and the squares inside half norms, in half: what overflows there is lost.
+
+    Of a dot product it is the largest sum that any order of its terms can give (see `dot_products`).
+    """
     index = GraphIndex.of(model)
     for node in list(index.nodes.values()):
         dtype = index.dtypes.get(node.outputs[0])
-        if node.domain not in ("", "ai.onnx") or dtype not in HALF_TYPES or node.op_type not in MEANS | NORMS:
+        if node.domain not in ("", "ai.onnx") or dtype not in HALF_TYPES:
             continue
-        chain = _Chain(node)
+        if node.op_type not in MEANS | NORMS | DOT_PRODUCTS:
+            continue
+        chain = Chain(node)
         made, users = node.outputs[0], list(node.outputs[0].uses())
         if node.op_type in MEANS:
             count = _ratio_of_sizes(chain, node.inputs[0], made)
             chain.add("Div", [chain.add("Mul", [made, count]), count])
+        elif node.op_type in DOT_PRODUCTS:
+            largest = add_largest_sum(chain, dtype)
+            chain.add("Add", [made, chain.add("Sub", [largest, largest])])  # zero, or NaN
         else:
             squares = chain.add("Mul", [node.inputs[0], node.inputs[0]])
             lost = chain.add("Sub", [squares, squares])  # zero, or NaN where a square is infinite
@@ -121,6 +113,6 @@ def hold_sums_in_half(model: ir.Model) -> None:
         _continue_with(index, chain, users)
 
 
-def _ratio_of_sizes(chain: _Chain, taken: ir.Value | None, made: ir.Value) -> ir.Value:
+def _ratio_of_sizes(chain: Chain, taken: ir.Value | None, made: ir.Value) -> ir.Value:
     sizes: list[ir.Value | None] = [chain.add("Size", [value]) for value in (taken, made)]
     return chain.add("Cast", [chain.add("Div", sizes)], {"to": ir.AttrInt64("to", int(ir.DataType.FLOAT))})

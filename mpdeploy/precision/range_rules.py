@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from mpdeploy.precision.dot_products import is_dot_product
 from mpdeploy.precision.flow import border_key, half_ports
 from mpdeploy.precision.formats import FLOAT, HalfFormat
 from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex
@@ -216,6 +217,19 @@ _INNER: dict[str, Callable[[Tensors, ir.Node, TensorStats], float | None]] = {
     "ReduceSumSquare": _largest_square,
 }
 
+
+def _long_dot_product(tensors: Tensors) -> Iterator[RangeVerdict]:
+    """Terms that cancel may build up before they do, beyond what comes out."""
+    for node_id, node in tensors.index.nodes.items():
+        stats = tensors.ranges.sums.get(node.outputs[0].name or "") if is_dot_product(node) else None
+        if stats is not None and stats.amax * stats.tail_factor >= tensors.half.overflow_from:
+            yield RangeVerdict(
+                (node_id,),
+                f"inside {node.op_type} sums build up to {stats.amax:.4g} (seen, x{stats.tail_factor:.2g} for the tail) "
+                f"before they cancel; half holds {tensors.half.max:.6g}",
+            )
+
+
 RANGE_RULES: tuple[RangeRule, ...] = (
     RangeRule("overflow", "range", _overflow, "a value above the largest one held becomes infinite, and NaN after it"),
     RangeRule("underflow", "range", _underflow, "values below the smallest normal one are lost: the signal with them"),
@@ -223,4 +237,5 @@ RANGE_RULES: tuple[RangeRule, ...] = (
     RangeRule("cancellation", "range", _cancellation, "a difference of large values is made of their rounding"),
     RangeRule("large-angle", "range", _large_angle, "sine and cosine of a coarsely rounded angle are those of another"),
     RangeRule("inner-sum", "inner", _inner_sum, "a sum inside an op overflows where the engine sums in half"),
+    RangeRule("long-dot-product", "inner", _long_dot_product, "a kernel that accumulates in half overflows on the way"),
 )

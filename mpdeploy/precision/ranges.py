@@ -177,6 +177,7 @@ class Ranges:
         num_feeds, num_samples: how much data they come from.
         synthetic: whether the data was made up; then every reader is told.
         warnings: what could not be measured, and why.
+        sums: output of a matrix product or convolution -> the largest sums on the way to it, where they could leave the range.
     """
 
     tensors: dict[str, TensorStats] = field(default_factory=dict)
@@ -184,6 +185,7 @@ class Ranges:
     num_samples: int = 0
     synthetic: bool = False
     warnings: list[str] = field(default_factory=list)
+    sums: dict[str, TensorStats] = field(default_factory=dict)
 
     @property
     def nan_tensors(self) -> dict[str, int]:

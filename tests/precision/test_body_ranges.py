@@ -30,7 +30,7 @@ def feed_set(model: ir.Model, *feeds: Mapping[str, Any]) -> FeedSet:
 
 
 def ranges_of(model: ir.Model, folder: Path, *feeds: Mapping[str, Any]) -> Ranges:
-    found = measure_ranges(prepare(model, FP16), feed_set(model, *feeds), folder)
+    found = measure_ranges(prepare(model, FP16), feed_set(model, *feeds), folder, FP16)
     assert not found.warnings
     return found
 
@@ -187,7 +187,7 @@ def test_every_conformance_graph_with_a_body_is_walked(name: str, tmp_path: Path
     """Each body that ran left ranges of all its float tensors, and each owner ran one."""
     case = CASES[name]
     prepared = prepare(ir.from_proto(case.model), FP16)
-    ranges = measure_ranges(prepared, feed_set(prepared.model, case.feeds), tmp_path)
+    ranges = measure_ranges(prepared, feed_set(prepared.model, case.feeds), tmp_path, FP16)
     assert not ranges.warnings
     ran = 0
     for body in prepared.index.owner:

@@ -31,7 +31,7 @@ def _scaled(up: float, down: float):
 
 def test_the_rules_are_a_list_one_can_read() -> None:
     assert [rule.name for rule in RANGE_RULES] == [
-        "overflow", "underflow", "small-divisor", "cancellation", "large-angle", "inner-sum",
+        "overflow", "underflow", "small-divisor", "cancellation", "large-angle", "inner-sum", "long-dot-product",
     ]  # fmt: skip
     assert all(rule.reason for rule in RANGE_RULES)
 

@@ -168,7 +168,7 @@ def test_ranges_of_a_model_are_those_of_its_tensors(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=x)
     feeds = load_feeds(str(tmp_path / "d.npz"), input_specs(model), where="model")
     prepared = prepare(model, FP16)
-    ranges = measure_ranges(prepared, feeds, tmp_path)
+    ranges = measure_ranges(prepared, feeds, tmp_path, FP16)
     assert set(ranges.tensors) == {"x", "h", "e", "y"}
     assert ranges.tensors["h"].amax == pytest.approx(np.abs(x @ W).max(), rel=1e-5)
     assert ranges.tensors["h"].count == 160
@@ -185,5 +185,5 @@ def test_reading_ranges_does_not_change_the_model(tmp_path: Path) -> None:
     np.savez(tmp_path / "d.npz", x=np.ones((4, 8), np.float32))
     prepared = prepare(model, FP16)
     before = snapshot(prepared.model)
-    measure_ranges(prepared, load_feeds(str(tmp_path / "d.npz"), input_specs(model), where="m"), tmp_path)
+    measure_ranges(prepared, load_feeds(str(tmp_path / "d.npz"), input_specs(model), where="m"), tmp_path, FP16)
     assert snapshot(prepared.model) == before
