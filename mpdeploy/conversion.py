@@ -165,7 +165,7 @@ def convert(
     else:
         warnings.append("no --data: rules alone decided, ranges and drift were not measured")
     float_io = float_io_names(loaded, keep_io, [*keep_io_names, *float_io_in(keep)])
-    prepared = prepare(loaded, half)
+    prepared = prepare(loaded, half, shapes=feeds is not None)
     kept = match_keep_list(prepared.index, patterns_for(prepared.index, keep), model_name=str(model))
     ranges = None
     with tempfile.TemporaryDirectory(prefix="mpdeploy-") as name:
@@ -195,6 +195,7 @@ def convert(
             float_io=float_io,
             notes=prepared.notes,
             disabled_rules=disabled_rules,
+            infer_shapes=prepared.infer_shapes,
         )
         progress("rewriting")
         mixed_index = rewrite_indexed(prepared, plan, consume=feeds is None)

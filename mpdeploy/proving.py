@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -40,11 +40,16 @@ def prove_and_write(source: Path, output: Path, plan: PrecisionPlan, mixed: Grap
         _copy(source, output)
         return []
     warnings: list[str] = []
-    checks: list[Callable[[Path], None]] = [check_file]
-    if package_version("onnxruntime") or package_version("onnxruntime-gpu"):
-        checks.append(lambda path: _check_session(path, mixed, plan, folder))
-    checks.append(lambda path: warnings.extend(_check_rtx(path, source)))
-    save_model(mixed.model, output, checks)
+
+    def prove(path: Path) -> None:
+        with ThreadPoolExecutor(1) as beside:  # TensorRT parses, which takes longest, while the others look
+            parsed = beside.submit(_check_rtx, path, source)
+            check_file(path)
+            if package_version("onnxruntime") or package_version("onnxruntime-gpu"):
+                _check_session(path, mixed, plan, folder)
+            warnings.extend(parsed.result())
+
+    save_model(mixed.model, output, [prove])
     return warnings
 
 

@@ -25,11 +25,17 @@ def half_units(flow: Flow) -> set[str]:
     """Keys of the units that are cheapest in half precision."""
     fixed = {unit for unit, item in enumerate(flow.units) if item.fixed}
     free = [unit for unit in range(len(flow.units)) if unit not in fixed]
-    if not any(_pulls(flow, edge_number, fixed) for edge_number in range(len(flow.edges))):
+    if not sizes_decide(flow):
         return {flow.units[unit].key for unit in free}
     arcs = cut_arcs(flow, fixed)
     float_side = float_side_of(arcs, len(flow.units) + len(flow.edges) * 2)
     return {flow.units[unit].key for unit in free if unit not in float_side}
+
+
+def sizes_decide(flow: Flow) -> bool:
+    """Whether anything draws a free unit towards FP32; if not, all of them are half whatever their sizes."""
+    fixed = {unit for unit, item in enumerate(flow.units) if item.fixed}
+    return any(_pulls(flow, edge_number, fixed) for edge_number in range(len(flow.edges)))
 
 
 def _pulls(flow: Flow, edge_number: int, fixed: set[int]) -> bool:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from mpdeploy.errors import ModelError
 from mpdeploy.precision.formats import FLOAT
 from mpdeploy.precision.schema import Signature, signature
 
@@ -98,6 +97,12 @@ class GraphIndex:
     def graphs(self) -> tuple[ir.Graph, ...]:
         """The main graph and every body."""
         return (self.model.graph, *self.owner)
+
+    @property
+    def knows_all_types(self) -> bool:
+        """Whether every tensor that a node makes has an element type."""
+        made = (value for node in self.nodes.values() for value in node.outputs if value.name)
+        return all(value in self.dtypes or value in self.containers for value in made)
 
     def kind(self, node: ir.Node) -> Kind:
         """What decides about a node's types: its op and version, and the type of each tensor that goes in and comes out.
@@ -277,10 +282,11 @@ def _is_plain(node: ir.Node) -> bool:
 
 def bodies(node: ir.Node) -> Sequence[tuple[str, ir.Graph]]:
     """The graphs a node holds, with the names of their attributes."""
-    return list(_bodies(node)) if _may_hold_bodies(node) else ()
+    return list(_bodies(node)) if may_hold_bodies(node) else ()
 
 
-def _may_hold_bodies(node: ir.Node) -> bool:
+def may_hold_bodies(node: ir.Node) -> bool:
+    """Whether a node is of an op that takes graphs, or may be."""
     return node.op_type in _OWNERS or node.domain not in _ONNX
 
 
@@ -341,37 +347,6 @@ def constant_dtype(node: ir.Node) -> ir.DataType | None:
         if name in ("value_string", "value_strings"):
             return ir.DataType.STRING
     return None
-
-
-def sort_nodes(model: ir.Model) -> None:
-    """Put every graph's nodes into execution order (some exporters do not).
-
-    Raises:
-        ModelError: a cycle.
-    """
-    for graph in all_graphs(model.graph):
-        if _is_sorted(graph):
-            continue
-        try:
-            graph.sort()
-        except ValueError as error:
-            raise ModelError(
-                f"The graph '{graph.name}' has a cycle: {error}.", hint="onnx.checker.check_model names the nodes"
-            ) from error
-
-
-def _is_sorted(graph: ir.Graph) -> bool:
-    """Whether every value is made before it is used; not said of a graph whose nodes have bodies, which use values too."""
-    made: set[ir.Node] = set()
-    for node in graph:
-        if _may_hold_bodies(node):
-            return False
-        for value in node.inputs:
-            producer = None if value is None else value.producer()
-            if producer is not None and producer not in made and producer.graph is graph:
-                return False
-        made.add(node)
-    return True
 
 
 _DTYPE_OF_STRING = {

@@ -48,20 +48,22 @@ def load_model(path: Path) -> ir.Model:
             f"{path} has opset {opset}; opsets {OPSETS[0]} to {OPSETS[-1]} are supported.",
             hint="export it with opset_version=20, or convert it with onnx.version_converter",
         )
-    _check_external_data(model, path)
-    _decode_small(model)
+    weights = _initialisers(model)
+    _check_external_data(weights, path)
+    _decode_small(weights)
     return model
 
 
-def _decode_small(model: ir.Model) -> None:
+def _initialisers(model: ir.Model) -> list[ir.Value]:
+    return [value for graph in all_graphs(model.graph) for value in graph.initializers.values()]
+
+
+def _decode_small(weights: Sequence[ir.Value]) -> None:
     """Read small constants out of protobuf once: they are looked at many times."""
-    for graph in all_graphs(model.graph):
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype == FLOAT and tensor.nbytes <= SMALL_BYTES:
-                value.const_value = ir.Tensor(
-                    tensor.numpy(), dtype=FLOAT, name=tensor.name, doc_string=tensor.doc_string
-                )
+    for value in weights:
+        tensor = value.const_value
+        if isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype == FLOAT and tensor.nbytes <= SMALL_BYTES:
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=FLOAT, name=tensor.name, doc_string=tensor.doc_string)
 
 
 def _load(path: Path) -> ir.Model:
@@ -96,41 +98,35 @@ def _densify(graph: onnx.GraphProto) -> bool:
     return found
 
 
-def _check_external_data(model: ir.Model, path: Path) -> None:
+def _check_external_data(weights: Sequence[ir.Value], path: Path) -> None:
     folder = path.parent.resolve()
-    for graph in all_graphs(model.graph):
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            where = (folder / tensor.location).resolve()
-            if not where.is_relative_to(folder):
-                raise ModelError(
-                    f"{path}: the external data of '{value.name}' lies outside the model's folder: {tensor.location}",
-                    hint="a model must keep its weights beside it; this one may be hostile",
-                )
-            if not where.is_file():
-                raise ModelError(
-                    f"{path}: the external data file '{tensor.location}' of '{value.name}' is missing.",
-                    hint=f"put it into {folder}",
-                )
-            need = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-            if where.stat().st_size < need:
-                raise ModelError(
-                    f"{path}: the external data file '{tensor.location}' has {where.stat().st_size} bytes, "
-                    f"'{value.name}' needs {need}.",
-                    hint="it was cut short: fetch it again",
-                )
+    for value in weights:
+        tensor = value.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            continue
+        where = (folder / tensor.location).resolve()
+        if not where.is_relative_to(folder):
+            raise ModelError(
+                f"{path}: the external data of '{value.name}' lies outside the model's folder: {tensor.location}",
+                hint="a model must keep its weights beside it; this one may be hostile",
+            )
+        if not where.is_file():
+            raise ModelError(
+                f"{path}: the external data file '{tensor.location}' of '{value.name}' is missing.",
+                hint=f"put it into {folder}",
+            )
+        need = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+        if where.stat().st_size < need:
+            raise ModelError(
+                f"{path}: the external data file '{tensor.location}' has {where.stat().st_size} bytes, "
+                f"'{value.name}' needs {need}.",
+                hint="it was cut short: fetch it again",
+            )
 
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initialisers."""
-    return sum(
-        value.const_value.nbytes
-        for graph in all_graphs(model.graph)
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    )
+    return sum(value.const_value.nbytes for value in _initialisers(model) if value.const_value is not None)
 
 
 def write_model(model: ir.Model, folder: Path, name: str, *, external_from_bytes: int = EXTERNAL_FROM_BYTES) -> Path:

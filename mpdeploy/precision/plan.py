@@ -6,15 +6,15 @@ does to its constants, what the ranges of its tensors say, and last that half pr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 
-from mpdeploy.precision.borders import half_units
+from mpdeploy.precision.borders import half_units, sizes_decide
 from mpdeploy.precision.constants import ConstantFault, examine
-from mpdeploy.precision.flow import build_flow, half_ports, has_float, shape_size
+from mpdeploy.precision.flow import Flow, build_flow, half_ports, has_float, shape_size
 from mpdeploy.precision.formats import HalfFormat
 from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, Kind, constant_tensor
 from mpdeploy.precision.keep_list import KeepEntry
@@ -102,6 +102,7 @@ def make_plan(
     float_io: Collection[str] = (),
     notes: Sequence[str] = (),
     disabled_rules: Collection[str] = (),
+    infer_shapes: Callable[[], None] | None = None,
 ) -> PrecisionPlan:
     """Decide the precision of every node.
 
@@ -113,6 +114,7 @@ def make_plan(
         float_io: names of graph inputs and outputs that stay FP32.
         notes: what preparing the model did.
         disabled_rules: names of range rules to leave out (to show what each is for).
+        infer_shapes: called before sizes weigh anything, where shapes were not inferred yet (see `rewrite.prepare`).
     """
     reasons: dict[str, list[Reason]] = {}
     sound: set[Kind] = set()  # kinds of nodes that nothing about their op keeps
@@ -147,13 +149,20 @@ def make_plan(
                     else:
                         float_borders.add(node_id)
                 float_names.update(verdict.io)
-    flow = build_flow(
-        index,
-        half,
-        is_fixed=lambda key: bool(reasons.get(key)) or key in float_borders,
-        float_io=lambda name: name in float_names,
-        size_of=_sizes(ranges),
-    )
+
+    def flow_of_now() -> Flow:
+        return build_flow(
+            index,
+            half,
+            is_fixed=lambda key: bool(reasons.get(key)) or key in float_borders,
+            float_io=lambda name: name in float_names,
+            size_of=_sizes(ranges),
+        )
+
+    flow = flow_of_now()
+    if infer_shapes is not None and sizes_decide(flow):
+        infer_shapes()
+        flow = flow_of_now()
     half_keys = half_units(flow)
     for unit in flow.units:
         if unit.node is not None and unit.key in reasons and unit.key not in half_keys and not reasons[unit.key]:

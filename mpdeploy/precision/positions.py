@@ -13,6 +13,8 @@ from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex
 
 def position_arithmetic(index: GraphIndex) -> set[str]:
     """Ids of float nodes that depend on integers and constants only and that an integer Cast depends on."""
+    if not any(node.op_type == "Cast" and _becomes_integer(index, node) for node in index.nodes.values()):
+        return set()
     made_of_integers: set[ir.Value] = set()
     for node in index.nodes.values():
         if node.op_type in CONTROL_FLOW or node.op_type == "Constant":

@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mpdeploy.precision.borders import CAST_BYTES, half_units
 from mpdeploy.precision.flow import Edge, Flow, Unit
+from mpdeploy.precision.keep_list import match_keep_list, read_patterns
+from mpdeploy.precision.plan import make_plan
+from mpdeploy.precision.rewrite import prepare
 from tests.precision.visible import FP16, W, X, converted, graph, named, plan_of
 
 ISLAND = "g (float[N, 8] x) => (float[N, 8] y) { a = Exp(x)  b = Sigmoid(a)  y = Exp(b) }"
@@ -133,3 +137,35 @@ def test_the_mixed_model_pays_exactly_the_casts_of_the_cut() -> None:
     assert sum("Cast" in line for line in done.lines) == 4
     assert np.isfinite(done.emulated({"x": X})[0]).all()
     assert done.plan.half is FP16
+
+
+# ---- shapes are inferred only where they weigh something
+
+LONG = "g (float[N, 8] x) => (float[N, 8] y) { a = MatMul(x, w)  b = Exp(a)  c = Softmax(b)  d = Neg(c)  y = MatMul(d, w) }"
+
+
+@pytest.mark.parametrize("kept", [(), ("b",), ("b", "d")])
+def test_a_plan_is_the_same_whether_shapes_are_inferred_before_or_when_they_matter(kept: tuple[str, ...]) -> None:
+    before = prepare(named(graph(LONG, w=W)), FP16)
+    later = prepare(named(graph(LONG, w=W)), FP16, shapes=False)
+    assert before.has_shapes
+    assert not later.has_shapes
+    plans = [
+        make_plan(
+            p.index,
+            FP16,
+            keep=match_keep_list(p.index, read_patterns(kept), model_name="g"),
+            infer_shapes=p.infer_shapes,
+        )
+        for p in (before, later)
+    ]
+    assert plans[0] == plans[1]
+    assert later.has_shapes == bool(kept), "sizes weigh casts, and without FP32 there is none"
+
+
+def test_shapes_that_a_file_declares_are_never_taken_on_trust() -> None:
+    model = named(graph(LONG, w=W))
+    next(iter(model.graph)).outputs[0].shape = ir.Shape([3, 99])
+    prepared = prepare(model, FP16, shapes=False)
+    assert prepared.has_shapes
+    assert next(iter(prepared.model.graph)).outputs[0].shape != ir.Shape([3, 99])

@@ -8,7 +8,8 @@ import pytest
 from onnx import helper
 
 from mpdeploy.errors import ModelError
-from mpdeploy.precision.graph_index import GraphIndex, all_graphs, constant_tensor, sort_nodes
+from mpdeploy.precision.graph_index import GraphIndex, all_graphs, constant_tensor
+from mpdeploy.precision.passes.sort_nodes import sort_nodes
 from tests.precision.conformance_base import floats, graph_model
 from tests.precision.visible import CHAIN, FLOAT, FLOAT16, W, graph, named, snapshot, types_of
 

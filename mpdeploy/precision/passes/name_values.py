@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from mpdeploy.precision.graph_index import all_graphs
@@ -19,11 +21,11 @@ class NameValuesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Name."""
-        modified = False
-        modified |= _number_duplicates(model)
+        graphs = list(all_graphs(model.graph))
+        modified = _number_duplicates(graphs)
         taken: dict[str, ir.Value] = {}
         counter = 0
-        for graph in all_graphs(model.graph):
+        for graph in graphs:
             values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
             for value in dict.fromkeys(values):
                 if not value.name:
@@ -54,11 +56,14 @@ def _rename(graph: ir.Graph, value: ir.Value, name: str) -> None:
         value.name = name
 
 
-def _number_duplicates(model: ir.Model) -> bool:
-    names = {node.name for graph in all_graphs(model.graph) for node in graph if node.name}
+def _number_duplicates(graphs: Sequence[ir.Graph]) -> bool:
+    named = [node.name for graph in graphs for node in graph if node.name]
+    names = set(named)
+    if len(names) == len(named):
+        return False
     seen: set[str] = set()
     modified = False
-    for graph in all_graphs(model.graph):
+    for graph in graphs:
         for node in graph:
             if not node.name:
                 continue

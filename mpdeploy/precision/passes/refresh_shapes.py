@@ -34,14 +34,21 @@ class RefreshShapesPass(ir.passes.InPlacePass):
                         value.shape = None
         inferred = _inferred(model)
         if inferred is not None:
-            _take(model.graph, inferred.graph, outputs, before)
+            _take(model.graph, inferred.graph, outputs, before, {})
         return ir.passes.PassResult(model, modified=any(value.shape is not shape for value, shape in before.items()))
 
 
+Axes = list[int | str | None]
+
+
 def _take(
-    graph: ir.Graph, inferred: onnx.GraphProto, outputs: set[ir.Value], before: dict[ir.Value, ir.Shape | None]
+    graph: ir.Graph,
+    inferred: onnx.GraphProto,
+    outputs: set[ir.Value],
+    before: dict[ir.Value, ir.Shape | None],
+    read: dict[bytes, Axes],
 ) -> None:
-    """Take over what was inferred, body by body: nodes stand in the same order in both."""
+    """Take over what was inferred, body by body: nodes stand in the same order in both. `read` holds the shapes read so far."""
     found = {info.name: info.type for info in (*inferred.value_info, *inferred.output)}
     for node, proto in zip(graph, inferred.node, strict=True):
         for value in node.outputs:
@@ -49,7 +56,9 @@ def _take(
             if match is None or value in outputs:
                 continue
             if match.HasField("tensor_type"):
-                value.shape = _shape(match.tensor_type, before[value]) if match.tensor_type.HasField("shape") else None
+                value.shape = (
+                    _shape(match.tensor_type, before[value], read) if match.tensor_type.HasField("shape") else None
+                )
                 if value.type is None and match.tensor_type.elem_type:
                     value.type = ir.TensorType(ir.DataType(match.tensor_type.elem_type))
             else:
@@ -59,12 +68,17 @@ def _take(
         if inner:
             protos = [item.g for item in proto.attribute if item.type == onnx.AttributeProto.GRAPH]
             for (_, body), body_proto in zip(inner, protos, strict=False):
-                _take(body, body_proto, outputs, before)
+                _take(body, body_proto, outputs, before, read)
 
 
-def _shape(tensor: onnx.TypeProto.Tensor, before: ir.Shape | None) -> ir.Shape:
+def _shape(tensor: onnx.TypeProto.Tensor, before: ir.Shape | None, read: dict[bytes, Axes]) -> ir.Shape:
     """The inferred shape; the declared one itself where that was right."""
-    axes = [axis.dim_value if axis.HasField("dim_value") else (axis.dim_param or None) for axis in tensor.shape.dim]
+    key = tensor.shape.SerializeToString()
+    axes = read.get(key)
+    if axes is None:
+        axes = read[key] = [
+            axis.dim_value if axis.HasField("dim_value") else (axis.dim_param or None) for axis in tensor.shape.dim
+        ]
     if before is not None and axes == [axis if isinstance(axis, int) else axis.value for axis in before]:
         return before
     return ir.Shape(axes)
