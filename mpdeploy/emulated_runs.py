@@ -69,28 +69,36 @@ def _measure_sums(prepared: Prepared, feeds: FeedSet, folder: Path, half: HalfFo
     }
     if not suspects:
         return
-    watched = prepared.model.clone()
     made: dict[str, str] = {}  # name of the tensor with the sums -> name of what comes out
-    for node in [node for node in watched.graph if node.outputs[0].name in suspects]:
-        chain = Chain(node)
-        largest = add_largest_sum(chain, FLOAT)
-        largest.type, largest.shape = ir.TensorType(FLOAT), node.outputs[0].shape
-        watched.graph.insert_after(node, chain.nodes)
-        made[largest.name or ""] = node.outputs[0].name or ""
+
+    def add_sums(model: ir.Model) -> None:
+        for node in [node for node in model.graph if node.outputs[0].name in suspects]:
+            chain = Chain(node)
+            largest = add_largest_sum(chain, FLOAT)
+            largest.type, largest.shape = ir.TensorType(FLOAT), node.outputs[0].shape
+            model.graph.insert_after(node, chain.nodes)
+            made[largest.name or ""] = node.outputs[0].name or ""
+
+    open_model = opener(prepared.model, folder, "ranges", change=add_sums)
     sizes = {sums: ranges.tensors[name].count // max(ranges.num_feeds, 1) for sums, name in made.items()}
-    found = collect_ranges(opener(watched, folder, "sums"), list(made), lambda: iter(feeds), values_of=sizes)
+    found = collect_ranges(open_model, list(made), lambda: iter(feeds), values_of=sizes)
     ranges.sums = {name: found.tensors[sums] for sums, name in made.items()}
 
 
 def opener(
-    model: ir.Model, folder: Path, stem: str
+    model: ir.Model, folder: Path, stem: str, *, change: Callable[[ir.Model], None] | None = None
 ) -> Callable[[Sequence[str]], contextlib.AbstractContextManager[Any]]:
-    """A function that opens a model with chosen tensors as outputs; its weights are written once and shared."""
+    """A function that opens a model with chosen tensors as outputs; its weights are written once and shared.
+
+    With `change` it is a copy that was changed; a model of the same stem, folder and weights may have been opened before.
+    """
     base = folder / f"{stem}.onnx"
     if not base.exists():
         ir.save(model, base, external_data=f"{stem}.weights")
     shared = ir.load(base)
     run_at_opset_21(shared)
+    if change is not None:
+        change(shared)
     by_name = {value.name: value for node in shared.graph for value in node.outputs}
     by_name |= {value.name: value for value in shared.graph.inputs}
     originals = list(shared.graph.outputs)

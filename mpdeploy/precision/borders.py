@@ -39,11 +39,13 @@ def sizes_decide(flow: Flow) -> bool:
 
 
 def _pulls(flow: Flow, edge_number: int, fixed: set[int]) -> bool:
-    """Whether an edge draws a unit that is free towards FP32."""
+    """Whether an edge draws a unit that is free towards FP32. An input or output that must be FP32 does not: its cast is free."""
     edge = flow.edges[edge_number]
     members = [edge.producer, *edge.consumers]
-    wants_float = edge.float_consumers or edge.always_float or any(unit in fixed for unit in members)
-    return wants_float and any(unit not in fixed for unit in members)
+    if all(unit in fixed for unit in members):
+        return False
+    asked_for = [unit for unit in members if flow.units[unit].key.startswith(("input:", "output:"))]
+    return edge.float_consumers or edge.always_float or any(unit in fixed and unit not in asked_for for unit in members)
 
 
 def cut_arcs(flow: Flow, fixed: set[int]) -> list[tuple[int, int, float]]:
