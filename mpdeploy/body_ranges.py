@@ -23,7 +23,7 @@ from mpdeploy.precision.emulate import run_at_opset_21
 from mpdeploy.precision.flow import float_values, shape_size
 from mpdeploy.precision.graph_index import GraphIndex, all_graphs, bodies, constant_tensor
 from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, write_model
-from mpdeploy.precision.ranges import Infer, OpenModel, Ranges, TensorStats, chunks
+from mpdeploy.precision.ranges import CHUNK_BYTES, Infer, OpenModel, Ranges, TensorStats, chunks
 
 Scope = Mapping[ir.Value, Any]
 """Values of the graphs around a body, as arrays, or lists of them where they are sequences."""
@@ -38,29 +38,48 @@ def measure_body_ranges(
         index: the model.
         ranges: where to.
         open_model: runs the main graph with chosen tensors as outputs.
-        feeds: makes an iterator over the feeds, anew for each owner of bodies.
+        feeds: makes an iterator over the feeds, anew for each lot of nodes that have bodies.
         folder: for scratch files.
 
     Returns:
         For each node whose bodies could not be run, a warning that names it and says why.
     """
     warnings = []
-    for owner in [node for node in index.model.graph if bodies(node)]:
-        needed = _taken_by(index, owner)
+    for owners in _lots([node for node in index.model.graph if bodies(node)], index):
+        taken = {owner: _taken_by(index, owner) for owner in owners}
+        needed = dict.fromkeys(value for values in taken.values() for value in values)
         by_name = {value.name: value for value in needed if value.name and not value.is_graph_input()}
         given = [value for value in needed if value.is_graph_input()]
-        try:
-            with contextlib.ExitStack() as stack:
-                walk = _Walk(index, ranges, folder, stack)
-                infer = stack.enter_context(open_model(list(by_name))) if by_name else lambda feed: {}
-                for number, feed in enumerate(feeds()):
-                    walk.feed = number
-                    scope = {by_name[name]: array for name, array in infer(feed).items()}
-                    scope |= {value: _given(value, feed) for value in given}
-                    walk.into(owner, scope)
-        except MpdeployError as error:
-            warnings.append(f"ranges inside {owner.op_type} '{index.id_of[owner]}' were not taken: {error.message}")
+        with contextlib.ExitStack() as stack:
+            walk = _Walk(index, ranges, folder, stack)
+            infer = stack.enter_context(open_model(list(by_name))) if by_name else lambda feed: {}
+            for number, feed in enumerate(feeds()):
+                walk.feed = number
+                scope = {by_name[name]: array for name, array in infer(feed).items()}
+                scope |= {value: _given(value, feed) for value in given}
+                for owner in list(taken):
+                    try:
+                        walk.into(owner, scope)
+                    except MpdeployError as error:
+                        named = f"{owner.op_type} '{index.id_of[owner]}'"
+                        warnings.append(f"ranges inside {named} were not taken: {error.message}")
+                        del taken[owner]
     return warnings
+
+
+def _lots(owners: Sequence[ir.Node], index: GraphIndex) -> Iterator[list[ir.Node]]:
+    """Owners of bodies, so many at a time as can be held with what they take."""
+    lot: list[ir.Node] = []
+    held = 0.0
+    for owner in owners:
+        size = 4 * sum(shape_size(value) for value in _taken_by(index, owner))
+        if lot and held + size > CHUNK_BYTES:
+            yield lot
+            lot, held = [], 0.0
+        lot.append(owner)
+        held += size
+    if lot:
+        yield lot
 
 
 def _given(value: ir.Value, feed: Feeds) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from mpdeploy.body_ranges import measure_body_ranges
 from mpdeploy.conversion import convert
 from mpdeploy.data_files import FeedSet
 from mpdeploy.emulated_runs import measure_ranges
@@ -249,3 +250,22 @@ def test_the_output_of_an_if_that_overflows_is_fp32(tmp_path: Path) -> None:
     owner = next(node for node in written.graph if node.op_type == "If")
     assert {done.plan.ops[node_id] for node_id in done.plan.half_nodes} >= {"MatMul"}
     assert all(graph.as_graph().outputs[0].dtype == ir.DataType.FLOAT for graph in owner.attributes.values())
+
+
+def test_what_cannot_be_walked_is_said_and_the_rest_is_measured(tmp_path: Path) -> None:
+    """What an op of somebody's own does with its bodies is not known; the If beside it is walked."""
+    text = """g (float[N, 8] x, bool c) => (float[N, 8] y, float[N, 8] z) {
+      y = If(c) < then_branch = t () => (float[N, 8] a) { a = Exp(x) }, else_branch = e () => (float[N, 8] b) { b = Neg(x) } >
+      z = If(c) < then_branch = t () => (float[N, 8] d) { k = Exp(x)  d = Neg(k) }, else_branch = e () => (float[N, 8] f) { f = Neg(x) } >
+    }"""
+    model = graph(text)
+    prepared = prepare(model, FP16)
+    odd = next(iter(prepared.model.graph))
+    odd.op_type = "Odd"
+    odd.domain = "com.example"
+    feeds = feed_set(prepared.model, {"x": X, "c": np.array(True)})
+    ranges = Ranges()
+    warnings = measure_body_ranges(prepared.index, ranges, lambda names: None, lambda: iter(feeds), tmp_path)  # type: ignore[arg-type,return-value]
+    assert len(warnings) == 1
+    assert "com.example:Odd" in warnings[0]
+    assert set(ranges.tensors) == {"k", "d"}
