@@ -11,11 +11,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mpdeploy.config import DataConfig, Pipeline, TrainConfig
+from mpdeploy.config import DataConfig, Pipeline, TrainConfig, ValidationConfig
 from mpdeploy.train.data import load_docstrings, load_images, load_text
 from mpdeploy.train.data.docstrings import SUBJECTS
 from mpdeploy.train.data.images import image_classes
-from mpdeploy.train.data.pretrained import FineTuning, MadeForData, from_folder, image_norm_of, is_image_model
+from mpdeploy.train.data.pretrained import (
+    DecodedText,
+    FineTuning,
+    MadeForData,
+    from_folder,
+    image_norm_of,
+    is_image_model,
+)
 from mpdeploy.train.data.text import class_names
 from mpdeploy.train.splits import Splits
 
@@ -79,4 +86,5 @@ def pipeline() -> Pipeline:
             weight_decay=0.01,
             precision="auto",
         ),
+        validation=ValidationConfig(describe_samples=DecodedText()),
     )

@@ -90,7 +90,7 @@ def sample_texts(config: ValidationConfig, dataset: Dataset, places: Sequence[Pl
             f"validation.describe_samples returned {type(found).__name__}, and it was asked for {len(asked)} samples.",
             hint="return one text a sample, in the order of dataset.ids",
         )
-    return {str(int(each)): str(text)[:MAX_TEXT] for each, text in zip(asked.ids, found, strict=True)}
+    return {str(int(each)): str(text)[:MAX_TEXT] for each, text in zip(asked.ids, found, strict=True) if text}
 
 
 def corpus_metric_name(metric: Any) -> str:

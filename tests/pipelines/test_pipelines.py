@@ -76,6 +76,9 @@ def test_text_classifier_on_docstrings(tmp_path):
     ]  # fmt: skip
     assert list(directory.record("20-export").report["parity_rel_l2"]) == ["1x32", "2x32", "7x17", "7x32", "2x1"]
     assert directory.record("20-export").report["data"]["source"] == "python-docstrings"
+    texts = json.loads(directory.artifact("50-validate", "samples").path.read_text())["texts"]
+    assert texts
+    assert all(len(text.split()) > 1 and "[PAD]" not in text for text in texts.values())
 
 
 @pytest.mark.slow

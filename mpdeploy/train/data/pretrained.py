@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpdeploy.artifact import Dataset
 from mpdeploy.config import DataConfig, Pipeline
 from mpdeploy.errors import ConfigError, MissingExtraError
 
@@ -173,11 +174,40 @@ class MadeForData:
         return f"MadeForData({self.function.__qualname__})"
 
 
+class DecodedText:
+    """A `validation.describe_samples`: what token ids say, by the tokenizer that made them. `FineTuning` binds it to the data.
+
+    Of samples without token ids (images) it says nothing.
+    """
+
+    def __init__(self, config: DataConfig | None = None) -> None:
+        self.config = config
+
+    def __call__(self, dataset: Dataset) -> list[str]:
+        """One text a sample."""
+        assert self.config is not None, "FineTuning binds it"
+        if "input_ids" not in dataset.inputs:
+            return [""] * len(dataset)
+        tokenizer = tokenizer_of(self.config)
+        ids = dataset.inputs["input_ids"]
+        mask = dataset.inputs.get("attention_mask", ids == ids)
+        return [
+            tokenizer.decode(row[kept.astype(bool)].tolist(), skip_special_tokens=True)
+            for row, kept in zip(ids, mask, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        return "DecodedText()"
+
+
 class FineTuning(Pipeline):
-    """A pipeline whose model is made for its data (see `MadeForData`)."""
+    """A pipeline whose model is made for its data (see `MadeForData`), and whose samples are read by it (see `DecodedText`)."""
 
     def __init__(self, **sections: Any) -> None:
-        data, train = sections.get("data"), sections.get("train")
+        data, train, validation = (sections.get(name) for name in ("data", "train", "validation"))
+        if isinstance(getattr(validation, "describe_samples", None), DecodedText) and isinstance(data, DataConfig):
+            assert validation is not None
+            sections["validation"] = validation.model_copy(update={"describe_samples": DecodedText(data)})
         model = getattr(train, "model", None)
         if isinstance(model, MadeForData) and isinstance(data, DataConfig) and train is not None:
             sections["train"] = train.model_copy(update={"model": MadeForData(model.function, data)})
