@@ -48,6 +48,7 @@ class ClampMasksPass(ir.passes.InPlacePass):
       2. all its other values are 0, 1 or at least as negative as the format's range (a mask, not data);
       3. every path from it runs through ops that move, add or select values, and ends in Softmax or LogSoftmax.
     exp(-30000 - max) is zero as exp(-3.4e38 - max) is; a row that is masked as a whole stays uniform instead of becoming NaN.
+    (It stays uniform where the masked scores are stored in half. An engine that adds in FP32 sees the scores through -30000 there.)
     BF16 has nearly the range of FP32: only the lowest float itself, -3.4e38, is beyond it.
     """
 
