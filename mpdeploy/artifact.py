@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -239,22 +239,29 @@ def check_feeds(inputs: Sequence[TensorSpec], feeds: Feeds, *, where: str) -> No
         check_array(spec, feeds[spec.name], where=where)
 
 
+@lru_cache(maxsize=64)
+def dtype_name(dtype: np.dtype[Any]) -> str:
+    """A dtype's name as `TensorSpec` writes it. numpy takes longer to spell one than a small model takes to run a layer."""
+    return str(dtype)
+
+
 def check_array(spec: TensorSpec, array: Array, *, where: str) -> None:
     """Refuse an array whose dtype or shape is not what `spec` declares (see `check_feeds`)."""
     if spec.dtype.startswith("seq("):
         return  # a list of arrays, which are the runtime's to check
-    found = f"{array.dtype}{list(array.shape)}"
-    if str(array.dtype) != spec.dtype:
+    dtype, shape = dtype_name(array.dtype), array.shape
+    if dtype != spec.dtype:
         raise DataError(
-            f"Input '{spec}' of {where} was given {found}.", hint=f"convert it first: array.astype('{spec.dtype}')"
+            f"Input '{spec}' of {where} was given {dtype}{list(shape)}.",
+            hint=f"convert it first: array.astype('{spec.dtype}')",
         )
-    if spec.shape is None:
+    if spec.shape is None or shape == spec.shape:
         return
-    fits = len(array.shape) == len(spec.shape) and all(
-        not isinstance(want, int) or want == have for want, have in zip(spec.shape, array.shape, strict=True)
+    fits = len(shape) == len(spec.shape) and all(
+        not isinstance(want, int) or want == have for want, have in zip(spec.shape, shape, strict=True)
     )
     if not fits:
         raise DataError(
-            f"Input '{spec}' of {where} was given {found}: the shapes do not fit.",
+            f"Input '{spec}' of {where} was given {dtype}{list(shape)}: the shapes do not fit.",
             hint="only axes declared with a name (or ?) may vary; re-export with a dynamic axis to vary others",
         )
