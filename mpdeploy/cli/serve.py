@@ -39,6 +39,13 @@ def serve(
     ] = None,
     max_queue: Annotated[int, _Option("--max-queue", help="Requests that may wait; more get 503.")] = 1024,
     delay_ms: Annotated[float, _Option("--delay-ms", help="How long a batch that is not full waits for more.")] = 0.0,
+    inline_ms: Annotated[
+        float | None,
+        _Option(
+            "--inline-ms",
+            help="Batches this quick need no thread of their own; 0: all do. By default 0.5, on one core 5.",
+        ),
+    ] = None,
     deadline_s: Annotated[float, _Option("--deadline-s", help="Of requests that set none.")] = 30.0,
     repository: Annotated[
         Path | None, _Option("--repository", metavar="DIR", help="Folder of runs that a client may load.")
@@ -93,6 +100,7 @@ def serve(
         threads=threads,
         max_queue=max_queue,
         delay_ms=delay_ms,
+        inline_ms=inline_ms,
         deadline_s=deadline_s,
         shadow_rate=shadow_rate,
         shadow_limit=shadow_limit,

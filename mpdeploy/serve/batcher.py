@@ -1,6 +1,7 @@
 """Requests into batches, greedily: an engine that becomes free takes what has queued meanwhile. No timer, unless one is asked for.
 
-Requests come in on the event loop's thread; engines take batches on threads of their own. One lock guards the queues.
+Requests come in on the event loop's thread; engines take batches on threads of their own, or the event loop computes a quick one in
+an idle engine's place. One lock guards the queues.
 Only requests of one key (the shapes of their samples) share a batch; the queue whose first request is oldest goes first.
 """
 
@@ -11,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from mpdeploy.artifact import Array
 from mpdeploy.serve.contract import Contract, Key
@@ -85,6 +86,14 @@ class Item:
             waited = (time.monotonic_ns() - self.queued_ns) / 1e6
             return DeadlineError(f"the deadline passed while the request was queued ({waited:.0f} ms)")
         return None
+
+
+class Borrowed(NamedTuple):
+    """A batch and the engine to compute it with, by its thread's lock; and what need not be computed any more."""
+
+    wake: Any
+    batch: list[Item]
+    dropped: list[tuple[Item, ServeError]]
 
 
 class Batcher:
@@ -171,6 +180,32 @@ class Batcher:
             if not dropped:
                 self._wait(wake, wait_ns)
 
+    def borrow(self, quick: Callable[[Key, int], bool]) -> Borrowed | None:
+        """The next batch and an idle engine to compute it with, on the calling thread; `give_back` the engine afterwards.
+
+        Args:
+            quick: whether so many samples of a key may be computed there.
+
+        Returns:
+            None where no engine is idle, nothing waits or may be waited for, or the batch is not quick.
+        """
+        with self._lock:
+            if not self._idle or not self._count or self._delay_ns:
+                return None
+            key = self._oldest()
+            if not quick(key, sum([item.rows for item in self._queues[key]])):
+                return None
+            batch, dropped, _ = self._pop()
+            return Borrowed(self._idle.pop(), batch, dropped)
+
+    def give_back(self, wake: Any) -> None:
+        """An engine that was borrowed is idle again."""
+        with self._lock:
+            if not self._closed:
+                self._idle.append(wake)
+                return
+        wake.release()
+
     def sweep(self) -> list[tuple[Item, ServeError]]:
         """Take out requests whose client has gone or whose deadline passed, wherever they stand in a queue."""
         now = time.monotonic()
@@ -206,9 +241,8 @@ class Batcher:
         dropped: list[tuple[Item, ServeError]] = []
         if not self._count:
             return batch, dropped, 0
-        queues = self._queues
-        key = next(iter(queues)) if len(queues) == 1 else min(queues, key=lambda each: queues[each][0].queued_ns)
-        queue = queues[key]
+        key = self._oldest()
+        queue = self._queues[key]
         if self._delay_ns and not self._closed:
             ready_ns = queue[0].queued_ns + self._delay_ns - time.monotonic_ns()
             if ready_ns > 0 and sum(item.rows for item in queue) < self._contract.max_batch:
@@ -229,8 +263,12 @@ class Batcher:
             self._count -= 1
         self._taken += len(batch)
         if not queue:
-            del queues[key]
+            del self._queues[key]
         return batch, dropped, 0
+
+    def _oldest(self) -> Key:
+        queues = self._queues
+        return next(iter(queues)) if len(queues) == 1 else min(queues, key=lambda each: queues[each][0].queued_ns)
 
     def _wait(self, wake: Any, wait_ns: int) -> None:
         if not wait_ns:

@@ -1,5 +1,7 @@
 """One engine on one device, and the thread that owns it: loads, warms up, computes batches, and closes it there.
 
+While that thread waits for a batch, the event loop's may compute a quick one in its place: to wake a thread costs more than a small model.
+
 A batch that fails is computed again request by request, so that the one that poisons it fails alone.
 """
 
@@ -79,8 +81,9 @@ class Instance:
         self._batcher: Batcher | None = None
         self._contract: Contract | None = None
         self._go = threading.Event()
-        self._wake = threading.Lock()
-        self._wake.acquire()
+        self.wake = threading.Lock()
+        self.wake.acquire()
+        self._names: tuple[str, ...] = ()
         self._thread: threading.Thread | None = None
         self.running: list[Item] = []
         self.ended = False
@@ -115,13 +118,16 @@ class Instance:
             with self._runner as runner:
                 try:
                     prepared = prepare(runner)
+                    self._names = tuple(spec.name for spec in runner.inputs)
                 except BaseException as error:
                     ready(None, error)
                     return
                 ready(prepared, None)
                 self._go.wait()
                 if self._batcher is not None:
-                    self._loop(runner, self._batcher)
+                    while (batch := self._batcher.take(self.wake)) is not None:
+                        self.compute(batch, self._deliver)
+                        del batch  # a thread that waits keeps no request alive
         except BaseException as error:
             if self._go.is_set():
                 self.ended = True
@@ -129,28 +135,24 @@ class Instance:
             else:
                 ready(None, error)
 
-    def _loop(self, runner: Runner, batcher: Batcher) -> None:
-        names = tuple(spec.name for spec in runner.inputs)
-        while (batch := batcher.take(self._wake)) is not None:
-            self.running = batch
-            feeds, outputs, done = self._run(runner, names, batch)
-            if done.failed is not None and len(batch) > 1:
-                log.warning("a batch of %d requests failed, each is computed alone: %s", len(batch), done.failed)
-                for item in batch:
-                    _, _, alone = self._run(runner, names, [item])
-                    alone.retried = True
-                    self._deliver(alone)
-            else:
-                self._deliver(done)
-            self.running = []
-            if outputs is not None:
-                for watcher in self._watchers:
-                    watcher.offer(feeds, outputs, done.rows)
-            del batch, feeds, outputs, done  # a thread that waits keeps no request alive
+    def compute(self, batch: list[Item], deliver: Callable[[Done], None]) -> None:
+        """Compute a batch and deliver it, on the calling thread: the instance's own, or one that borrowed it from the batcher."""
+        self.running = batch
+        feeds, outputs, done = self._run(batch)
+        if done.failed is not None and len(batch) > 1:
+            log.warning("a batch of %d requests failed, each is computed alone: %s", len(batch), done.failed)
+            for item in batch:
+                _, _, alone = self._run([item])
+                alone.retried = True
+                deliver(alone)
+        else:
+            deliver(done)
+        self.running = []
+        if outputs is not None:
+            for watcher in self._watchers:
+                watcher.offer(feeds, outputs, done.rows)
 
-    def _run(
-        self, runner: Runner, names: tuple[str, ...], batch: list[Item]
-    ) -> tuple[dict[str, Array], dict[str, Array] | None, Done]:
+    def _run(self, batch: list[Item]) -> tuple[dict[str, Array], dict[str, Array] | None, Done]:
         contract = self._contract
         assert contract is not None
         done = Done(batch)
@@ -159,11 +161,11 @@ class Instance:
         try:
             rows = sum([item.rows for item in batch])
             size = contract.size_to_run(rows) if contract.batched else rows
-            for position, name in enumerate(names):
+            for position, name in enumerate(self._names):
                 feeds[name] = _joined([item.arrays[position] for item in batch], size - rows)
             done.nonfinite = _count_nonfinite(feeds, batch)
             joined = time.monotonic_ns()
-            outputs = runner.infer(feeds)
+            outputs = self._runner.infer(feeds)
             computed = time.monotonic_ns()
             _split(outputs, batch, size, contract.batched)
         except ServeError as error:

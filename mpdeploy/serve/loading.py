@@ -22,6 +22,9 @@ from mpdeploy.serve.warmup import Prepared, Samples, prepare
 
 log = logging.getLogger("mpdeploy.serve")
 CPU_BACKENDS = ("onnxruntime", "openvino")
+INLINE_MS = 0.5
+INLINE_ONE_CORE_MS = 5.0
+"""`ModelOptions.inline_ms` where it is not given. On one core an engine's own thread computes nothing beside the event loop's."""
 PLATFORMS = {
     "onnxruntime": "onnxruntime_onnx",
     "openvino": "openvino",
@@ -127,7 +130,7 @@ async def _load(
         if isinstance(error, MpdeployError) or not isinstance(error, Exception):
             raise
         raise BuildError(f"it cannot be loaded: {type(error).__name__}: {error}") from error
-    return Loaded(candidate, tuple(instances), prepared[0])
+    return Loaded(candidate, tuple(instances), prepared[0], inline_ms(engine, options))
 
 
 async def _started(
@@ -149,6 +152,15 @@ async def _started(
 
     instance.start(prepare_one, ready)
     return await future
+
+
+def inline_ms(engine: Engine, options: ModelOptions) -> float:
+    """How long a batch may take on the event loop's thread: 0 for GPUs, which belong to one thread, and where several engines were asked for."""
+    if engine.backend not in CPU_BACKENDS or options.instances > 1:
+        return 0.0
+    if options.inline_ms is not None:
+        return options.inline_ms
+    return INLINE_MS if usable_cores() > 1 else INLINE_ONE_CORE_MS
 
 
 def usable_cores() -> int:

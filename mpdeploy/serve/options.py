@@ -33,6 +33,8 @@ class ModelOptions:
         threads: an engine's own threads on a CPU; None: the cores this process may use, shared out.
         max_queue: requests that may wait; more are refused with 503.
         delay_ms: how long a batch that is not full waits for more requests; 0: not at all.
+        inline_ms: a batch that an engine on a CPU computes in this time is computed on the event loop's own thread, since to wake
+            another takes longer; 0: never; None: 0.5, and 5 where this process has one core.
         deadline_s: of a request that sets none.
         warmup_s: the longest that warming up may take before the rest of it is left out.
         shadow_rate: the share of requests that are computed by the FP32 model too; 0: none.
@@ -48,6 +50,7 @@ class ModelOptions:
     threads: int | None = None
     max_queue: int = 1024
     delay_ms: float = 0.0
+    inline_ms: float | None = None
     deadline_s: float = 30.0
     warmup_s: float = 20.0
     shadow_rate: float = 0.0
@@ -60,6 +63,8 @@ class ModelOptions:
         _at_least("--instances", self.instances, 1)
         _at_least("--max-queue", self.max_queue, 1)
         _at_least("--delay-ms", self.delay_ms, 0)
+        if self.inline_ms is not None:
+            _at_least("--inline-ms", self.inline_ms, 0)
         _above("--deadline-s", self.deadline_s, 0)
         _above("--shadow-limit", self.shadow_limit, 0)
         if self.threads is not None:

@@ -1,6 +1,7 @@
 """One loaded version of a model: its engine's instances, its queue, and how requests pass through them.
 
-Everything here but `Instance`'s own thread runs on the event loop's thread, so counters need no lock.
+Everything here but `Instance`'s own thread runs on the event loop's thread, so counters need no lock. A batch that the engine is known to
+compute within `Loaded.inline_ms` is computed on the event loop's thread too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mpdeploy.artifact import Array
-from mpdeploy.serve.batcher import Batcher, Item, Reply
-from mpdeploy.serve.contract import Contract
+from mpdeploy.serve.batcher import Batcher, Borrowed, Item, Reply
+from mpdeploy.serve.contract import Contract, Key
 from mpdeploy.serve.instance import Done, Instance, Watcher
 from mpdeploy.serve.messages import (
     CancelledRequestError,
@@ -37,13 +38,26 @@ from mpdeploy.serve.warmup import Prepared
 log = logging.getLogger("mpdeploy.serve")
 
 
+LEARNING_DOWN, LEARNING_UP = 0.5, 0.1
+"""How far an estimate follows a batch that took less, or longer: a core that did something else in between says nothing of the engine."""
+MAX_LEARNT = 1024
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """An engine that runs: what `Version` is made of."""
+    """An engine that runs: what `Version` is made of.
+
+    Attributes:
+        candidate: the engine and its verdict.
+        instances: of it, each with its thread.
+        prepared: what was learnt by running it.
+        inline_ms: a batch that takes no longer is computed on the event loop's thread; 0: none is.
+    """
 
     candidate: Candidate
     instances: tuple[Instance, ...]
     prepared: Prepared
+    inline_ms: float
 
 
 class Version:
@@ -70,6 +84,8 @@ class Version:
         self._waking = False
         self._loop = asyncio.get_running_loop()
         self._instances = loaded.instances
+        self._inline_ns = int(loaded.inline_ms * 1e6)
+        self._took_ns: dict[tuple[Key, int], float] = {}  # by key and size of a batch, up to powers of two
         self._texts = tuple(spec.name for spec in self.contract.outputs if spec.dtype == "object")
         self.metadata = metadata
         self.batcher = Batcher(
@@ -130,7 +146,34 @@ class Version:
 
     def _wake(self) -> None:
         self._waking = False
-        self.batcher.wake()
+        if self._inline_ns and (borrowed := self.batcher.borrow(self._quick)) is not None:
+            self._compute_here(borrowed)
+        else:
+            self.batcher.wake()
+
+    def _quick(self, key: Key, rows: int) -> bool:
+        """Whether so many samples are known to be computed in a time that other connections may wait for."""
+        contract = self.contract
+        size = contract.size_to_run(min(rows, contract.max_batch)) if contract.batched else rows
+        took_ns = self._took_ns.get((key, (size - 1).bit_length()))
+        return took_ns is not None and took_ns <= self._inline_ns
+
+    def _compute_here(self, borrowed: Borrowed) -> None:
+        wake, batch, dropped = borrowed
+        if dropped:
+            self._drop(dropped)
+        instance = next(each for each in self._instances if each.wake is wake)
+        try:
+            if batch:
+                instance.compute(batch, self._delivered)
+        except Exception as error:
+            instance.ended = True
+            self._died(error)
+        finally:
+            self.batcher.give_back(wake)
+        if self.batcher.queued and not self._waking:  # what waits is computed after what has come in meanwhile
+            self._waking = True
+            self._loop.call_soon(self._wake)
 
     @property
     def ready(self) -> bool:
@@ -193,6 +236,8 @@ class Version:
                 self._fail(item, done.failed, now_ns)
             return
         statistics.ran(done.rows, done.size, len(done.items), done.input_ns, done.infer_ns, done.output_ns)
+        if self._inline_ns:
+            self._learn(done)
         for item in done.items:
             future = item.future
             if future.done():
@@ -203,6 +248,17 @@ class Version:
                 future.set_result(self._encoded(item.result) if self._texts else item.result)
                 statistics.queue_ns += item.started_ns - item.queued_ns
                 statistics.answered(now_ns - item.queued_ns)
+
+    def _learn(self, done: Done) -> None:
+        """How long the engine takes for such a batch; what proves slow on the event loop's thread is computed on its own from then on."""
+        at, took_ns = (done.items[0].key, (done.size - 1).bit_length()), done.infer_ns
+        known_ns = self._took_ns.get(at)
+        if known_ns is None:
+            if len(self._took_ns) >= MAX_LEARNT:
+                self._took_ns.clear()
+            self._took_ns[at] = took_ns
+        else:
+            self._took_ns[at] = known_ns + (took_ns - known_ns) * (LEARNING_DOWN if took_ns < known_ns else LEARNING_UP)
 
     def _drop(self, dropped: list[tuple[Item, ServeError]]) -> None:
         now_ns = time.monotonic_ns()
