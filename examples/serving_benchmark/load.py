@@ -17,8 +17,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,13 +28,15 @@ UNIT_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 6e4}
 
 @dataclass(frozen=True)
 class Load:
-    """What one load came to. `cpu_us`: of the server's processes, for each request."""
+    """What one load came to. `cpu_us`: of the server's processes, for each request. `stolen`: the share of this machine's processor time
+    that its host gave to others meanwhile, in percent; None where the system does not say."""
 
     requests_per_s: float
     p50_ms: float
     p99_ms: float
     failed: int
     cpu_us: float | None = None
+    stolen: float | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,21 @@ def tool() -> str:
 
 def load(url: str, call: Call, connections: int, seconds: float, core: int | None, pid: int | None = None) -> Load:
     """Ask for so many seconds, from `core`; `pid` is the server's, whose processor time is counted."""
-    before = cpu_seconds(pid)
+    before, times = cpu_seconds(pid), psutil.cpu_times()
     run = with_wrk if tool() == "wrk" else with_sockets
     found, count = run(url, call, connections, seconds, core)
     spent = cpu_seconds(pid) - before
-    return Load(
-        found.requests_per_s, found.p50_ms, found.p99_ms, found.failed, 1e6 * spent / count if pid and count else None
-    )
+    cpu_us = 1e6 * spent / count if pid and count else None
+    return replace(found, cpu_us=cpu_us, stolen=stolen_since(times))
+
+
+def stolen_since(before: Any) -> float | None:
+    """Percent of all cores' time, since `before` (psutil.cpu_times()), that the host of this virtual machine gave to others."""
+    now = psutil.cpu_times()
+    if not hasattr(now, "steal"):
+        return None
+    total = sum(now[:8]) - sum(before[:8])  # up to steal: guests are counted in user already
+    return 100 * (now.steal - before.steal) / total if total > 0 else 0.0
 
 
 def with_wrk(url: str, call: Call, connections: int, seconds: float, core: int | None) -> tuple[Load, int]:

@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load import Call, Load, cpu_seconds, free_port, load, pin, running, tool
+import psutil
+from load import Call, Load, cpu_seconds, free_port, load, pin, running, stolen_since, tool
 from models import RAW, SAMPLE_SHAPES, make_run
 from peers import PEERS, environment, v2_call
 
@@ -163,7 +164,7 @@ class Benchmark:
             for connections in CONNECTIONS:
                 pin_before = os.sched_getaffinity(0)
                 pin(self.client_core)
-                before = cpu_seconds(process.pid)
+                before, times = cpu_seconds(process.pid), psutil.cpu_times()
                 try:
                     one = asyncio.run(
                         over_grpc(f"127.0.0.1:{grpc_port}", model, sample, connections, self.arguments.seconds)
@@ -175,7 +176,7 @@ class Benchmark:
                     os.sched_setaffinity(0, pin_before)
                 spent = cpu_seconds(process.pid) - before
                 count = max(1.0, one.requests_per_s * self.arguments.seconds)
-                one = Load(one.requests_per_s, one.p50_ms, one.p99_ms, one.failed, 1e6 * spent / count)
+                one = replace(one, cpu_us=1e6 * spent / count, stolen=stolen_since(times))
                 self.rows.setdefault((model, "mpdeploy", "gRPC", connections), []).append(one)
 
     def ask(
@@ -287,6 +288,10 @@ def _raw_medians(rounds: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
 def machine(load_before: float) -> dict[str, Any]:
     """Hardware and versions, for whoever reads the numbers."""
     cpu = platform.processor()
@@ -315,12 +320,12 @@ def as_markdown(found: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| model | server | protocol | c | req/s | p50 ms | p99 ms | server CPU µs/req | failed |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | server | protocol | c | req/s | p50 ms | p99 ms | server CPU µs/req | stolen % | failed |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row['model']} | {row['server']} | {row['protocol']} | {row['connections']} | {row['requests_per_s']:,.0f} | "
-        f"{row['p50_ms']:.2f} | {row['p99_ms']:.2f} | {row['cpu_us'] or 0:.0f} | {row['failed']} |"
+        f"{row['p50_ms']:.2f} | {row['p99_ms']:.2f} | {row['cpu_us'] or 0:.0f} | {_or_dash(row['stolen'])} | {row['failed']} |"
         for row in found["rows"]
     ]
     lines += ["", "| ratio | value | target | met |", "|---|---|---|---|"]
