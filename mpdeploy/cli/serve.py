@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from mpdeploy.cli.common import EngineName, Json, RunPath, console, emit, plain, verdict_markup
+from mpdeploy.errors import UsageError
 
 MIB = 2**20
 _Option = typer.Option
@@ -44,6 +45,14 @@ def serve(
         _Option(
             "--inline-ms",
             help="Batches this quick need no thread of their own; 0: all do. By default 0.5, on one core 5.",
+        ),
+    ] = None,
+    pad: Annotated[
+        list[str] | None,
+        _Option(
+            "--pad",
+            metavar="AXIS=N,N,...",
+            help="Fill this axis up to the next of these lengths, so that texts share batches.",
         ),
     ] = None,
     deadline_s: Annotated[float, _Option("--deadline-s", help="Of requests that set none.")] = 30.0,
@@ -101,6 +110,7 @@ def serve(
         max_queue=max_queue,
         delay_ms=delay_ms,
         inline_ms=inline_ms,
+        pad=tuple(_lengths(text) for text in pad or ()),
         deadline_s=deadline_s,
         shadow_rate=shadow_rate,
         shadow_limit=shadow_limit,
@@ -145,6 +155,19 @@ def _serve(options: Any, server: str, on_ready: Any) -> int:
     from mpdeploy.serve.start import serve as run_server
 
     return run_server(options, on_ready)
+
+
+def _lengths(text: str) -> tuple[str, tuple[int, ...]]:
+    """`sequence=16,32` -> ("sequence", (16, 32)).
+
+    Raises:
+        UsageError: it is not of that form.
+    """
+    axis, _, sizes = text.partition("=")
+    parts = [part.strip() for part in sizes.split(",")]
+    if not axis.strip() or not all(part.isdigit() for part in parts):
+        raise UsageError(f"--pad {text!r} is not of the form AXIS=N,N,...", hint="--pad sequence=16,32,64")
+    return axis.strip(), tuple(map(int, parts))
 
 
 def _token(path: Path | None) -> str | None:

@@ -23,6 +23,7 @@ from mpdeploy.serve.messages import (
     ServeError,
     UnavailableServeError,
 )
+from mpdeploy.serve.padding import Lengths
 
 
 class Reply(Protocol):
@@ -51,11 +52,13 @@ class Item:
         future: gets the outputs by name, or a ServeError; touched on the event loop's thread alone, but for `done()`.
         deadline: `time.monotonic()` seconds.
         cancelled: whether its client has gone.
+        lengths: that its filled-up axes had.
         queued_ns, started_ns, computed_ns: `time.monotonic_ns()` when it was queued, taken, and computed.
     """
 
     __slots__ = (
-        "arrays", "cancelled", "computed_ns", "deadline", "future", "key", "queued_ns", "result", "rows", "started_ns",
+        "arrays", "cancelled", "computed_ns", "deadline", "future", "key", "lengths", "queued_ns", "result", "rows",
+        "started_ns",
     )  # fmt: skip
 
     def __init__(
@@ -66,6 +69,7 @@ class Item:
         future: Reply,
         deadline: float,
         cancelled: Callable[[], bool] | None,
+        lengths: Lengths = (),
     ) -> None:
         self.arrays = arrays
         self.rows = rows
@@ -73,6 +77,7 @@ class Item:
         self.future = future
         self.deadline = deadline
         self.cancelled = cancelled
+        self.lengths = lengths
         self.queued_ns = time.monotonic_ns()
         self.started_ns = 0
         self.computed_ns = 0
@@ -104,6 +109,8 @@ class Batcher:
         max_queue: requests that may wait; more are refused.
         delay_s: how long a batch that is not full waits for more; 0: not at all.
         on_dropped: called from an engine's thread with requests that were not computed, and why.
+        quick: whether so many samples of a key may be computed by who calls `borrow`; None: none are.
+        on_quick: called from an engine's thread that leaves such a batch for `borrow`.
     """
 
     def __init__(
@@ -113,11 +120,15 @@ class Batcher:
         max_queue: int,
         delay_s: float = 0.0,
         on_dropped: Callable[[list[tuple[Item, ServeError]]], None],
+        quick: Callable[[Key, int], bool] | None = None,
+        on_quick: Callable[[], None] = lambda: None,
     ) -> None:
         self._contract = contract
         self._max_queue = max_queue
         self._delay_ns = int(delay_s * 1e9)
         self._on_dropped = on_dropped
+        self._quick = quick if not delay_s else None
+        self._on_quick = on_quick
         self._lock = threading.Lock()
         self._queues: dict[Key, deque[Item]] = {}
         self._count = 0
@@ -166,13 +177,20 @@ class Batcher:
             wake: the calling thread's own `threading.Lock`, acquired.
         """
         while True:
+            batch: list[Item] = []
+            dropped: list[tuple[Item, ServeError]] = []
+            wait_ns = 0
             with self._lock:
-                batch, dropped, wait_ns = self._pop()
+                left = not self._closed and self._next_is_quick()
+                if not left:
+                    batch, dropped, wait_ns = self._pop()
                 if not batch:
                     if self._closed and not self._count and not dropped:
                         return None
                     if not dropped:
                         self._idle.append(wake)
+            if left:
+                self._on_quick()
             if dropped:
                 self._on_dropped(dropped)
             if batch:
@@ -180,20 +198,10 @@ class Batcher:
             if not dropped:
                 self._wait(wake, wait_ns)
 
-    def borrow(self, quick: Callable[[Key, int], bool]) -> Borrowed | None:
-        """The next batch and an idle engine to compute it with, on the calling thread; `give_back` the engine afterwards.
-
-        Args:
-            quick: whether so many samples of a key may be computed there.
-
-        Returns:
-            None where no engine is idle, nothing waits or may be waited for, or the batch is not quick.
-        """
+    def borrow(self) -> Borrowed | None:
+        """The next batch, if it is quick, and an idle engine to compute it with on the calling thread; `give_back` the engine afterwards."""
         with self._lock:
-            if not self._idle or not self._count or self._delay_ns:
-                return None
-            key = self._oldest()
-            if not quick(key, sum([item.rows for item in self._queues[key]])):
+            if not self._idle or not self._next_is_quick():
                 return None
             batch, dropped, _ = self._pop()
             return Borrowed(self._idle.pop(), batch, dropped)
@@ -265,6 +273,12 @@ class Batcher:
         if not queue:
             del self._queues[key]
         return batch, dropped, 0
+
+    def _next_is_quick(self) -> bool:
+        if self._quick is None or not self._count:
+            return False
+        key = self._oldest()
+        return self._quick(key, sum([item.rows for item in self._queues[key]]))
 
     def _oldest(self) -> Key:
         queues = self._queues

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from mpdeploy.artifact import Array, TensorSpec
 from mpdeploy.errors import ModelError, closest_names
 from mpdeploy.serve.dtypes import BF16, datatype_of
 from mpdeploy.serve.messages import BadRequestError, InferRequest
+from mpdeploy.serve.padding import Lengths, Padding
 
 Key = tuple[tuple[int, ...], ...]
 """The shapes of a request's inputs without the batch axis: only requests of one key share a batch."""
@@ -41,6 +42,7 @@ class Contract:
         max_batch: the most samples in a batch, and in a request; 1 request at a time where not `batched`.
         pad_to: rising batch sizes that the engine is run with; empty: any size up to `max_batch`.
         variable: whether an axis other than the batch may vary, so that shapes decide which requests share a batch.
+        padding: axes that are filled up, so that more requests share one; None: none are.
     """
 
     inputs: tuple[Input, ...]
@@ -49,6 +51,7 @@ class Contract:
     max_batch: int
     pad_to: tuple[int, ...] = ()
     variable: bool = field(default=False)
+    padding: Padding | None = None
 
     @classmethod
     def of(
@@ -87,8 +90,30 @@ class Contract:
         )
         return cls(prepared, tuple(outputs), can, largest, pad_to if can else (), variable)
 
-    def admit(self, request: InferRequest) -> tuple[tuple[Array, ...], int, Key]:
-        """A request's arrays in the engine's order, how many samples they hold, and the key of its batch.
+    def with_padding(self, sizes: Sequence[tuple[str, tuple[int, ...]]]) -> Contract:
+        """The same, with axes that are filled up to these lengths.
+
+        Raises:
+            ModelError: there is no such axis, or the engine does not take one of the lengths.
+        """
+        padding = Padding.of(sizes, [item.spec for item in self.inputs], self.outputs)
+        inputs = []
+        for item, axes in zip(self.inputs, padding.inputs, strict=True):
+            filled = {axis: padding.sizes[name] for axis, name in axes}
+            ranges = []
+            for axis, (low, high) in item.ranges:
+                for size in filled.get(axis, ()):
+                    if not low <= size <= high:
+                        raise ModelError(
+                            f"--pad: input '{item.spec.name}' of this engine takes {low} to {high} on axis {axis}, not {size}.",
+                            hint="give lengths that lie within the profile it was built with",
+                        )
+                ranges.append((axis, (0 if axis in filled else low, high)))
+            inputs.append(replace(item, ranges=tuple(ranges)))
+        return replace(self, inputs=tuple(inputs), padding=padding)
+
+    def admit(self, request: InferRequest) -> tuple[tuple[Array, ...], int, Key, Lengths]:
+        """A request's arrays in the engine's order, how many samples they hold, the key of its batch, and the lengths of what was filled up.
 
         Raises:
             BadRequestError: names, dtypes or shapes are not what the model takes, or it holds too many samples.
@@ -112,15 +137,19 @@ class Contract:
         self._check_outputs(request)
         if len(self.inputs) > 1 and (self.variable or self.batched):
             self._check_axes(arrays)
-        shapes = tuple([array.shape for array in arrays])
+        admitted: tuple[Array, ...] = tuple(arrays)
+        lengths: Lengths = ()
+        if self.padding is not None:
+            admitted, lengths = self.padding.pad(admitted)
+        shapes = tuple([array.shape for array in admitted])
         if not self.batched:
-            return tuple(arrays), 1, shapes
+            return admitted, 1, shapes, lengths
         rows = shapes[0][0]
         if rows > self.max_batch:
             raise BadRequestError(
                 f"input '{self.inputs[0].spec.name}': {rows} samples, {self.max_batch} is the most in a request"
             )
-        return tuple(arrays), rows, tuple([shape[1:] for shape in shapes]) if self.variable else ()
+        return admitted, rows, tuple([shape[1:] for shape in shapes]) if self.variable else (), lengths
 
     def size_to_run(self, rows: int) -> int:
         """The batch size that the engine is run with for so many samples."""

@@ -168,6 +168,10 @@ class Instance:
             outputs = self._runner.infer(feeds)
             computed = time.monotonic_ns()
             _split(outputs, batch, size, contract.batched)
+            if contract.padding is not None:
+                for item in batch:
+                    if item.lengths:
+                        item.result = contract.padding.cut(item.result, item.lengths)
         except ServeError as error:
             done.failed = error
         except MpdeployError as error:

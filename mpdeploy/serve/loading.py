@@ -109,7 +109,7 @@ async def _load(
     samples = await loop.run_in_executor(None, Samples, selection.golden)
 
     def prepare_one(runner: Runner) -> Prepared:
-        return prepare(engine, runner, names, samples, limit_s=options.warmup_s)
+        return prepare(engine, runner, names, samples, limit_s=options.warmup_s, pad=options.pad)
 
     instances: list[Instance] = []
     try:
@@ -204,6 +204,9 @@ def _metadata(name: str, number: str, loaded: Loaded, selection: Selection) -> M
             "batched": contract.batched,
             "max_batch": contract.max_batch if contract.batched else 1,
             "pad_to": list(contract.pad_to),
+            "pad_axes": {name: list(sizes) for name, sizes in contract.padding.sizes.items()}
+            if contract.padding
+            else {},
             "instances": len(loaded.instances),
             "warmup_s": round(loaded.prepared.seconds, 3),
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from mpdeploy.errors import UsageError
@@ -35,6 +36,7 @@ class ModelOptions:
         delay_ms: how long a batch that is not full waits for more requests; 0: not at all.
         inline_ms: a batch that an engine on a CPU computes in this time is computed on the event loop's own thread, since to wake
             another takes longer; 0: never; None: 0.5, and 5 where this process has one core.
+        pad: axis and rising lengths: requests are filled up with zeros to the next of them, so that they share a batch.
         deadline_s: of a request that sets none.
         warmup_s: the longest that warming up may take before the rest of it is left out.
         shadow_rate: the share of requests that are computed by the FP32 model too; 0: none.
@@ -51,6 +53,7 @@ class ModelOptions:
     max_queue: int = 1024
     delay_ms: float = 0.0
     inline_ms: float | None = None
+    pad: tuple[tuple[str, tuple[int, ...]], ...] = ()
     deadline_s: float = 30.0
     warmup_s: float = 20.0
     shadow_rate: float = 0.0
@@ -65,6 +68,11 @@ class ModelOptions:
         _at_least("--delay-ms", self.delay_ms, 0)
         if self.inline_ms is not None:
             _at_least("--inline-ms", self.inline_ms, 0)
+        for axis, sizes in self.pad:
+            if not sizes or any(after <= before for before, after in pairwise((0, *sizes))):
+                raise UsageError(f"--pad {axis}: lengths must rise from 1 up; found {list(sizes)}.")
+        if len({axis for axis, _ in self.pad}) < len(self.pad):
+            raise UsageError("--pad names an axis twice.")
         _above("--deadline-s", self.deadline_s, 0)
         _above("--shadow-limit", self.shadow_limit, 0)
         if self.threads is not None:

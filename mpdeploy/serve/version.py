@@ -93,6 +93,8 @@ class Version:
             max_queue=options.max_queue,
             delay_s=options.delay_ms / 1000,
             on_dropped=lambda dropped: self._post(self._drop, dropped),
+            quick=self._quick if self._inline_ns else None,
+            on_quick=lambda: self._post(self._wake),
         )
 
     def serve(self) -> None:
@@ -120,7 +122,7 @@ class Version:
         try:
             if self.dead is not None:
                 raise UnavailableServeError("the engine of this model ended; the server's log says why")
-            arrays, rows, key = self.contract.admit(request)
+            arrays, rows, key, lengths = self.contract.admit(request)
             if not rows:
                 reply.set_result(self.contract.empty_answer())
                 statistics.answered(0)
@@ -129,7 +131,7 @@ class Version:
             deadline = now + self.options.deadline_s if request.deadline is None else request.deadline
             if deadline <= now:
                 raise DeadlineError("the deadline had passed when the request came in")
-            self.batcher.submit(Item(arrays, rows, key, reply, deadline, request.cancelled))
+            self.batcher.submit(Item(arrays, rows, key, reply, deadline, request.cancelled, lengths))
         except ServeError as error:
             statistics.failed(_reason(error))
             raise
@@ -146,7 +148,7 @@ class Version:
 
     def _wake(self) -> None:
         self._waking = False
-        if self._inline_ns and (borrowed := self.batcher.borrow(self._quick)) is not None:
+        if (borrowed := self.batcher.borrow()) is not None:
             self._compute_here(borrowed)
         else:
             self.batcher.wake()
@@ -219,9 +221,9 @@ class Version:
         """An engine's thread ended by itself."""
         self._post(self._died, error)
 
-    def _post(self, function: Callable[[Any], None], value: Any) -> None:
+    def _post(self, function: Callable[..., None], *values: Any) -> None:
         with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-            self._loop.call_soon_threadsafe(function, value)
+            self._loop.call_soon_threadsafe(function, *values)
 
     # -- on the event loop's thread ------------------------------------------------------------------------------------
 

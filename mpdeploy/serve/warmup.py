@@ -13,6 +13,7 @@ import numpy as np
 
 from mpdeploy.artifact import Array, Engine, Runner, TensorSpec
 from mpdeploy.serve.contract import Contract
+from mpdeploy.serve.padding import Padding
 
 log = logging.getLogger("mpdeploy.serve")
 
@@ -24,6 +25,8 @@ MAX_SIZES = 64
 MAX_GOLDEN_BYTES = 2**29
 JOINED_REL_L2 = 0.05
 """Far above rounding, far below what a model does that mixes the samples of a batch."""
+PADDED_REL_L2 = 0.01
+"""Above half precision's rounding, below what a token does that a model takes for one."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,19 @@ def contract_of(engine: Engine, runner: Runner, names: Mapping[str, TensorSpec],
 
 
 def prepare(
-    engine: Engine, runner: Runner, names: Mapping[str, TensorSpec], samples: Samples, *, limit_s: float
+    engine: Engine,
+    runner: Runner,
+    names: Mapping[str, TensorSpec],
+    samples: Samples,
+    *,
+    limit_s: float,
+    pad: Sequence[tuple[str, tuple[int, ...]]] = (),
 ) -> Prepared:
-    """Learn the contract, run every batch size once, and see whether a batch answers as its samples do alone."""
+    """Learn the contract, run every batch size once, and see whether a batch answers as its samples do alone.
+
+    Raises:
+        ModelError: an axis that is to be filled up, `pad`, is not there, or the engine does not take its lengths.
+    """
     begin = time.monotonic()
     contract = contract_of(engine, runner, names)
     profile = engine.sidecar.get("profile") or {}
@@ -118,13 +131,24 @@ def prepare(
     if why is not None:
         warnings.append(f"requests are computed one by one: {why}")
         contract = contract_of(engine, runner, names, batched=False)
+    if pad and contract.batched:
+        padded = contract.with_padding(pad)
+        why = _padding_changes(padded, runner, samples.feeds(runner.inputs, contract.size_to_run(1), profile))
+        if why is None:
+            contract = padded
+        else:
+            warnings.append(
+                f"requests are not filled up, and share a batch with those of their own length alone: {why}"
+            )
+    elif pad:
+        warnings.append("requests are not filled up, since they are computed one by one")
     for size in _sizes(contract, engine):
         if time.monotonic() - begin > limit_s:
             warnings.append(f"warming up was cut off after {limit_s:g} s, before batches of {size}")
             break
-        feeds = samples.feeds(runner.inputs, size, profile)
-        runner.infer(feeds)
-        runner.infer(feeds)  # lazy set-up and, on a GPU, the capture of a graph may take two runs
+        for feeds in _filled(samples.feeds(runner.inputs, size, profile), contract.padding):
+            runner.infer(feeds)
+            runner.infer(feeds)  # lazy set-up and, on a GPU, the capture of a graph may take two runs
     return Prepared(contract, tuple(warnings), time.monotonic() - begin)
 
 
@@ -161,15 +185,67 @@ def _joining_changes(contract: Contract, runner: Runner, samples: Samples, profi
             return f"output '{name}' has the shape {list(array.shape)} for a batch of {size}"
         if array.dtype.kind not in "fV":
             continue
-        rows = np.concatenate([each[name][:1] for each in alone]).astype(np.float64)
-        joined = array[:count].astype(np.float64)
-        if rows.shape != joined.shape:
+        rows = np.concatenate([each[name][:1] for each in alone])
+        if rows.shape != array[:count].shape:
             return f"output '{name}' has other shapes in a batch"
-        known = np.isfinite(rows) & np.isfinite(joined)
-        distance = float(np.linalg.norm(np.where(known, joined - rows, 0.0)))
-        if distance > JOINED_REL_L2 * max(float(np.linalg.norm(np.where(known, rows, 0.0))), 1e-6):
+        if _distance(array[:count], rows) > JOINED_REL_L2:
             return f"in a batch, output '{name}' differs from that of the same samples alone"
     return None
+
+
+def _filled(feeds: dict[str, Array], padding: Padding | None) -> list[dict[str, Array]]:
+    """The feeds in each of the lengths that requests are filled up to; as they are where none are."""
+    if padding is None:
+        return [feeds]
+    names = [name for name, _ in sorted(padding.sizes.items(), key=lambda item: -len(item[1]))]
+    steps = range(len(padding.sizes[names[0]]))
+    lengths = [{name: padding.sizes[name][min(step, len(padding.sizes[name]) - 1)] for name in names} for step in steps]
+    return [_stretched(feeds, padding, each) for each in lengths]
+
+
+def _stretched(feeds: Mapping[str, Array], padding: Padding, lengths: Mapping[str, int]) -> dict[str, Array]:
+    """The feeds cut, or repeated, to such lengths."""
+    made = dict(feeds)
+    for (name, array), axes in zip(feeds.items(), padding.inputs, strict=True):
+        for axis, axis_name in axes:
+            array = np.take(array, np.arange(lengths[axis_name]), axis=axis, mode="wrap")
+        made[name] = np.ascontiguousarray(array)
+    return made
+
+
+def _padding_changes(contract: Contract, runner: Runner, feeds: Mapping[str, Array]) -> str | None:
+    """Why requests must not be filled up, or None: a sample that is filled up by one, or by much, is answered otherwise than as it was."""
+    padding = contract.padding
+    assert padding is not None
+    for pick in (0, -1):  # by one to the shortest length, and from there to the longest
+        short = {name: max(1, sizes[0] - 1) for name, sizes in padding.sizes.items()}
+        plain = _stretched(feeds, padding, short)
+        longer = {name: sizes[pick] for name, sizes in padding.sizes.items()}
+        filled = {}
+        for (name, array), axes in zip(plain.items(), padding.inputs, strict=True):
+            named = dict(axes)
+            width = [(0, longer[named[axis]] - size if axis in named else 0) for axis, size in enumerate(array.shape)]
+            filled[name] = np.pad(array, width)
+        expected, found = runner.infer(plain), padding.cut(runner.infer(filled), tuple(short.items()))
+        for name, array in expected.items():
+            if array.dtype.kind not in "fV":
+                continue
+            if array.shape != found[name].shape:
+                return f"output '{name}' then has the shape {list(found[name].shape)}, not {list(array.shape)}"
+            distance = _distance(found[name], array)
+            if distance > PADDED_REL_L2:
+                return f"output '{name}' then drifts by {distance:.2g} (rel L2)"
+    return None
+
+
+def _distance(found: Array, expected: Array) -> float:
+    """Relative L2 distance over what is finite; infinite where only one of the two is."""
+    left, right = found.astype(np.float64), expected.astype(np.float64)
+    known = np.isfinite(right)
+    if not np.array_equal(np.isfinite(left), known):
+        return float("inf")
+    left, right = np.where(known, left, 0.0), np.where(known, right, 0.0)
+    return float(np.linalg.norm(left - right)) / max(float(np.linalg.norm(right)), 1e-6)
 
 
 def _named(spec: TensorSpec, names: Mapping[str, TensorSpec]) -> TensorSpec:

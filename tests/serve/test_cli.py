@@ -26,6 +26,9 @@ def failed(tmp_path_factory) -> Path:
         (["--tls-cert", "cert.pem"], 2, "TLS needs both"),
         (["--shadow-rate", "2"], 2, "between 0 and 1"),
         (["--port", "70000"], 2, "is no port"),
+        (["--inline-ms", "-1"], 2, "--inline-ms -1.0: 0 is the least"),
+        (["--pad", "sequence"], 2, "--pad 'sequence' is not of the form"),
+        (["--pad", "sequence=16,8"], 2, "lengths must rise"),
         (["--host", "192.0.2.1"], 21, "Cannot listen on 192.0.2.1"),
     ],
 )

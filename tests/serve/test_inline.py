@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from served import checksum_model, make_run, table_model
-from test_batching import ask, managed, x
+from test_batching import ask, blocked, managed, x
 
 from mpdeploy.errors import UsageError
 from mpdeploy.serve import loading
@@ -121,6 +121,26 @@ def test_requests_that_came_together_share_a_batch_there_too(sums):
     assert all(where)
     assert batches < 10  # 180 samples in batches of up to 32
     assert largest <= 32
+
+
+def test_the_engine_s_thread_leaves_quick_batches_that_queued_while_it_was_busy(sums):
+    """Under load its queue is never empty: it would otherwise go on for ever."""
+
+    async def main():
+        async with managed(sums, inline_ms=LONG_MS) as manager:
+            for rows in (32, 8):
+                await ask(manager, x(rows, rows=rows))
+            where = watched(manager)
+            release = blocked(manager)
+            first = asyncio.create_task(ask(manager, x(0)))  # of an unknown size
+            await asyncio.sleep(0.05)
+            tasks = [asyncio.create_task(ask(manager, x(seed))) for seed in range(40)]
+            await asyncio.sleep(0.05)
+            release()
+            await asyncio.gather(first, *tasks)
+            return where
+
+    assert asyncio.run(main()) == [False, True, True]
 
 
 def test_other_connections_are_heard_between_two_batches(sums):
