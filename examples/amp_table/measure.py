@@ -20,14 +20,17 @@ from mpdeploy.gates.evidence import Evidence, Place
 from mpdeploy.gates.gate import decide
 from mpdeploy.measure import accuracy
 from mpdeploy.measure.bootstrap import median_ratio
-from mpdeploy.train.loop import answer, loss_of, make_model, tensors_of, train
+from mpdeploy.train.health import compare_gradients
+from mpdeploy.train.loop import answer, gradients, loss_of, make_model, tensors_of, train
 from mpdeploy.train.memory import PeakMemory, SavedBytes
 from mpdeploy.train.optimizers import make_optimizer, make_scaler
 from mpdeploy.train.parity import held_out_answers, train_pair
-from mpdeploy.train.precision import PrecisionChoice, autocast
+from mpdeploy.train.precision import PrecisionChoice, autocast, choose_precision
 from mpdeploy.train.splits import Splits
 
 BLOCK = 5  # steps in a row of one side, before it is the other's turn
+CONTROL_SCALE = 2.0**-14
+"""The control's loss is so much smaller: a network that is deep enough, or trained long enough, gets there by itself."""
 
 
 class BareLoop:
@@ -132,6 +135,34 @@ def loop_overhead(config: TrainConfig, choice: PrecisionChoice, splits: Splits, 
         "bare_ms": float(np.median(sides[0])), "loop_ms": float(np.median(sides[1])), "ratio": found.ratio,
         "interval": list(found.bounds), "steps": len(sides[0]),
     }  # fmt: skip
+
+
+def chosen_by_auto(config: TrainConfig, loops: dict[str, BareLoop]) -> dict[str, Any]:
+    """What `train.precision=auto` takes where `loops` (by precision) run, and why."""
+    asked = config.model_copy(update={"precision": "auto", "cpu_precision": None})
+    device = next(iter(loops.values())).choice.device
+    return choose_precision(asked, device, lambda precision: loops[precision].step()).to_json()
+
+
+def excess_zeros(config: TrainConfig, choice: PrecisionChoice, splits: Splits) -> dict[str, float]:
+    """Tier 0, for AMP and for its control: gradients of the worst parameter that are zero and in FP32 are not, as a share, in two steps.
+
+    The control must be caught: FP16 without a loss scale, on a loss times `CONTROL_SCALE`. Nothing becomes NaN and no step is skipped there.
+    """
+    batch = tensors_of(splits.train.take(slice(0, config.batch_size)), choice.device)
+    loss = loss_of(config)
+
+    def small(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return loss(outputs, labels) * CONTROL_SCALE
+
+    unscaled = config.model_copy(update={"loss": small, "loss_scaling": "none"})
+    sides = {"amp": (config, choice), "control": (unscaled, PrecisionChoice("fp16", choice.device, "the control", {}))}
+    found = {}
+    for name, (settings, half) in sides.items():
+        fp32 = PrecisionChoice("fp32", choice.device, "the reference", {})
+        steps = (gradients(settings, precision, batch, steps=2) for precision in (fp32, half))
+        found[name] = max(compare_gradients(*pair).worst_excess_zeros for pair in zip(*steps, strict=True))
+    return found
 
 
 def peak_bytes(command: list[str]) -> int:

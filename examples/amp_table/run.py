@@ -22,19 +22,29 @@ import torch
 
 ROOT = Path(os.environ.get("MPDEPLOY_REPO", Path(__file__).resolve().parents[2]))
 
-from measure import BareLoop, in_turns, loop_overhead, paired_seeds, peak_bytes, print_peak  # noqa: E402
+from measure import (  # noqa: E402
+    BareLoop,
+    chosen_by_auto,
+    excess_zeros,
+    in_turns,
+    loop_overhead,
+    paired_seeds,
+    peak_bytes,
+    print_peak,
+)
 
 from mpdeploy.artifact import Dataset  # noqa: E402
-from mpdeploy.config import load_pipeline  # noqa: E402
+from mpdeploy.config import DEFAULT_GATES, load_pipeline  # noqa: E402
 from mpdeploy.environment import cpu_flags, hardware_key, package_versions  # noqa: E402
 from mpdeploy.errors import MpdeployError  # noqa: E402
 from mpdeploy.train.precision import PrecisionChoice, pick_device  # noqa: E402
 from mpdeploy.train.splits import Splits  # noqa: E402
 
 PIPELINES = {"digits": "digits_cnn.py", "mnist": "mnist_cnn.py", "minilm": "text_classifier.py"}
+LOST_GRADIENTS = next(gate.limit for gate in DEFAULT_GATES if gate.metric == "excess_zero_gradients")
 COLUMNS = (
-    "training", "batch", "step FP32 ms", "step AMP ms", "AMP / FP32", "saved activations MB", "peak memory MB",
-    "accuracy FP32 %", "accuracy AMP %", "held-out loss", "loop / bare loop",
+    "training", "batch", "step FP32 ms", "step AMP ms", "AMP / FP32", "auto takes", "saved activations MB", "peak memory MB",
+    "lost gradients AMP", "lost gradients, control", "accuracy FP32 %", "accuracy AMP %", "held-out loss", "loop / bare loop",
 )  # fmt: skip
 
 
@@ -89,6 +99,8 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "data": row.data, "train_samples": len(row.splits.train), "batch_size": row.config.batch_size,
         "epochs": row.config.epochs, "device": device, "amp": amp.precision,
         "step": in_turns(loops[0].step, loops[1].step, arguments.steps),
+        "auto": chosen_by_auto(row.config, {loop.choice.precision: loop for loop in loops}),
+        "excess_zeros": excess_zeros(row.config, amp, row.splits),
         "saved_bytes": [loop.saved_bytes() for loop in loops],
     }  # fmt: skip
     say(f"{name}: peak memory")
@@ -131,22 +143,32 @@ def markdown(report: dict[str, Any]) -> str:
         mega = [value / 1e6 for value in (*row["saved_bytes"], *row["peak_bytes"])]
         cells = [
             f"{name} ({row['amp']})", str(row["batch_size"]), f"{step['a_ms']:.1f}", f"{step['b_ms']:.1f}",
-            ratio(step), change(mega[0], mega[1]), change(mega[2], mega[3]),
+            ratio(step), row["auto"]["precision"], change(mega[0], mega[1]), change(mega[2], mega[3]),
+            *(judged(row["excess_zeros"][side]) for side in ("amp", "control")),
             *(mean_and_spread(seeds[side]) if seeds else "-" for side in ("fp32", "amp")),
             seeds["verdict"] if seeds else "-", ratio(loop),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *(f"- {name}: {row['data']}, {row['train_samples']:,} training samples, {row['epochs']} epochs."
-                    for name, row in report["rows"].items() if "data" in row)]  # fmt: skip
-    lines += [
-        f"  - {message}" for row in report["rows"].values() for message in (row.get("seeds") or {}).get("messages", [])
-    ]
+    lines.append("")
+    for name, row in report["rows"].items():
+        if "data" in row:
+            lines.append(
+                f"- {name}: {row['data']}, {row['train_samples']:,} training samples, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}."
+            )
+            lines += [
+                f"  - {message}" for message in (row["auto"]["reason"], *row.get("seeds", {}).get("messages", []))
+            ]
     return "\n".join(lines) + "\n"
 
 
 def ratio(found: dict[str, Any]) -> str:
     """`0.52 [0.50, 0.55]`."""
     return f"{found['ratio']:.3g} [{found['interval'][0]:.3g}, {found['interval'][1]:.3g}]"
+
+
+def judged(share: float) -> str:
+    """`46 % (fail)`: tier 0's verdict on a share of lost gradients."""
+    return f"{100 * share:.3g} % ({'fail' if share > LOST_GRADIENTS else 'pass'})"
 
 
 def change(before: float, after: float) -> str:
