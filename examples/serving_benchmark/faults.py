@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -171,7 +171,7 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
         capacity = alone.statuses[200] / (time.monotonic() - begin)
         rate = 10 * capacity
         tally, late = Tally(), 0
-        idle = [Client(port, tally, 1000 + seed, "heavy") for seed in range(400)]
+        idle = deque(Client(port, tally, 1000 + seed, "heavy") for seed in range(400))
         for client in idle:
             await client.connect()
         memory = Memory(process.pid, max(0.25, arguments.seconds / 60))
@@ -188,7 +188,9 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
                 if not idle:
                     late += 1  # no connection is free: this one is not sent
                     continue
-                task = asyncio.ensure_future(ask(idle.pop()))
+                task = asyncio.ensure_future(
+                    ask(idle.popleft())
+                )  # in turns: the server closes one that asks nothing for long
                 pending.add(task)
                 task.add_done_callback(pending.discard)
                 sent += 1

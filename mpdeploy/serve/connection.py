@@ -160,7 +160,10 @@ def connection_class() -> type[asyncio.Protocol]:
                 seconds = now - self.reading_since
                 if self.in_head:
                     if seconds > self.limits.header_timeout_s:
-                        self.refuse(408, b"the request's head took too long")
+                        if self.head_bytes:
+                            self.refuse(408, b"the request's head took too long")
+                        else:  # opened in advance: it would take an answer now for that to its first request
+                            self.transport.close()
                 elif seconds > self.limits.body_timeout_s + self.body_bytes / BODY_BYTES_A_SECOND:
                     self.refuse(408, b"the request's body took too long")
 

@@ -301,7 +301,10 @@ def test_slow_peers_are_cut_off_and_the_others_are_not(tmp_path, run, monkeypatc
             with contextlib.suppress(OSError):
                 while part := connection.recv(4096):
                     answer += part
-            assert answer.startswith(b"HTTP/1.1 408"), answer
+            if connection is silent:  # a browser opens some in advance, and would show the 408 for its next request
+                assert answer == b""
+            else:
+                assert answer.startswith(b"HTTP/1.1 408"), answer
             connection.close()
         assert time.monotonic() - begin < 15
         assert (
