@@ -44,7 +44,7 @@ def serve(
         float | None,
         _Option(
             "--inline-ms",
-            help="Batches this quick need no thread of their own; 0: all do. By default 0.5, on one core 1.5.",
+            help="Batches this quick need no thread of their own; 0: all do. By default 0.5, on one core 5.",
         ),
     ] = None,
     pad: Annotated[

@@ -23,9 +23,8 @@ from mpdeploy.serve.warmup import Prepared, Samples, prepare
 log = logging.getLogger("mpdeploy.serve")
 CPU_BACKENDS = ("onnxruntime", "openvino")
 INLINE_MS = 0.5
-INLINE_ONE_CORE_MS = 1.5
-"""`ModelOptions.inline_ms` where it is not given. On one core an engine's own thread computes nothing beside the event loop's; but what takes
-longer needs it there too: under overload the system shares the core between the two, and refusing does not take all of it."""
+INLINE_ONE_CORE_MS = 5.0
+"""`ModelOptions.inline_ms` where it is not given. On one core an engine's own thread computes nothing beside the event loop's."""
 PLATFORMS = {
     "onnxruntime": "onnxruntime_onnx",
     "openvino": "openvino",

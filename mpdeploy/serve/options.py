@@ -35,7 +35,7 @@ class ModelOptions:
         max_queue: requests that may wait; more are refused with 503.
         delay_ms: how long a batch that is not full waits for more requests; 0: not at all.
         inline_ms: a batch that an engine on a CPU computes in this time is computed on the event loop's own thread, since to wake
-            another takes longer; 0: never; None: 0.5, and 1.5 where this process has one core.
+            another takes longer; 0: never; None: 0.5, and 5 where this process has one core.
         pad: axis and rising lengths: requests are filled up with zeros to the next of them, so that they share a batch.
         deadline_s: of a request that sets none.
         warmup_s: the longest that warming up may take before the rest of it is left out.

@@ -41,6 +41,9 @@ log = logging.getLogger("mpdeploy.serve")
 LEARNING_DOWN, LEARNING_UP = 0.5, 0.1
 """How far an estimate follows a batch that took less, or longer: a core that did something else in between says nothing of the engine."""
 MAX_LEARNT = 1024
+COMPUTE_SHARE, LONGEST_TURN_NS = 2, 50_000_000
+"""While batches wait, the event loop's thread computes for so many times as long as its connections just took, at most so long at a stretch:
+to refuse nine requests for each one that is computed would otherwise take most of its time."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Version:
         self.dead: str | None = None
         self.closing = False
         self._waking = False
+        self._left_ns = 0  # when the event loop's thread last turned from batches that wait to its connections
         self._loop = asyncio.get_running_loop()
         self._instances = loaded.instances
         self._inline_ns = int(loaded.inline_ms * 1e6)
@@ -148,10 +152,20 @@ class Version:
 
     def _wake(self) -> None:
         self._waking = False
-        if (borrowed := self.batcher.borrow()) is not None:
-            self._compute_here(borrowed)
-        else:
+        if (borrowed := self.batcher.borrow()) is None:
+            self._left_ns = 0
             self.batcher.wake()
+            return
+        now_ns = time.monotonic_ns()
+        until_ns = now_ns + min(COMPUTE_SHARE * (now_ns - self._left_ns), LONGEST_TURN_NS) if self._left_ns else 0
+        while borrowed is not None:
+            self._compute_here(borrowed)
+            now_ns = time.monotonic_ns()
+            borrowed = self.batcher.borrow() if now_ns < until_ns else None
+        self._left_ns = 0
+        if self.batcher.queued and not self._waking:  # what waits is computed after what has come in meanwhile
+            self._waking, self._left_ns = True, now_ns
+            self._loop.call_soon(self._wake)
 
     def _quick(self, key: Key, rows: int) -> bool:
         """Whether so many samples are known to be computed in a time that other connections may wait for."""
@@ -173,9 +187,6 @@ class Version:
             self._died(error)
         finally:
             self.batcher.give_back(wake)
-        if self.batcher.queued and not self._waking:  # what waits is computed after what has come in meanwhile
-            self._waking = True
-            self._loop.call_soon(self._wake)
 
     @property
     def ready(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from test_batching import ask, blocked, managed, x
 
 from mpdeploy.errors import UsageError
 from mpdeploy.serve import loading
+from mpdeploy.serve import version as versions
 from mpdeploy.serve.messages import CancelledRequestError, ModelFailedError, UnavailableServeError
 from mpdeploy.serve.options import ModelOptions
 
@@ -159,6 +161,40 @@ def test_other_connections_are_heard_between_two_batches(sums):
             return left
 
     assert len({count for count in asyncio.run(main()) if 0 < count < 200}) > 50
+
+
+@pytest.mark.parametrize(("talk_ms", "turns"), [(10, [1, *[10] * 9, 9]), (60, [1, 25, 25, 25, 24]), (0.5, [1] * 100)])
+def test_connections_that_keep_the_loop_busy_do_not_keep_it_from_computing(sums, monkeypatch, talk_ms, turns):
+    """Under overload each turn of the loop refuses hundreds of requests; one batch a turn would leave most of the core to that."""
+    now_ns = time.monotonic_ns()
+
+    async def main():
+        nonlocal now_ns
+        async with managed(sums, inline_ms=LONG_MS) as manager:
+            for rows in (1, 32):
+                await ask(manager, x(rows, rows=rows))
+            instance = manager.versions()[0]._instances[0]
+            infer = instance._runner.infer
+
+            def takes_2_ms(feeds):
+                nonlocal now_ns
+                now_ns += 2_000_000
+                return infer(feeds)
+
+            instance._runner.infer = takes_2_ms
+            clock = SimpleNamespace(monotonic_ns=lambda: now_ns, monotonic=time.monotonic)
+            monkeypatch.setattr(versions, "time", clock)
+            where = watched(manager)
+            tasks = [asyncio.create_task(ask(manager, x(seed, rows=32))) for seed in range(100)]
+            found, before = [], 0
+            while not all(task.done() for task in tasks):
+                await asyncio.sleep(0)
+                found.append(len(where) - before)
+                before = len(where)
+                now_ns += int(talk_ms * 1e6)
+            return found
+
+    assert [batches for batches in asyncio.run(main()) if batches] == turns, "twice as long, and at most 50 ms"
 
 
 def test_a_poisoned_request_fails_alone(tmp_path):
