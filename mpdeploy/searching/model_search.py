@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from mpdeploy.artifact import Array
 from mpdeploy.data_files import FeedSet, load_feeds
 from mpdeploy.errors import UsageError
@@ -22,7 +20,7 @@ from mpdeploy.precision.keep_list import match_keep_list, read_patterns
 from mpdeploy.precision.model_io import float_io_names, input_specs, load_model, weight_bytes
 from mpdeploy.precision.plan import PrecisionPlan, Reason
 from mpdeploy.precision.rewrite import Prepared, prepare
-from mpdeploy.precision.search.driver import SearchAnswer, search
+from mpdeploy.precision.search.driver import QUICK, THOROUGH, Effort, SearchAnswer, search
 from mpdeploy.precision.search.keep_file import entry_of, float_io_in, keep_list_json, patterns_for
 from mpdeploy.precision.search.ledger import Best, set_aside
 from mpdeploy.precision.search.reasons import dominating, explain, groups_of
@@ -40,7 +38,7 @@ from mpdeploy.searching.profile import cost_from
 
 Progress = Callable[[str], None]
 LARGE_BYTES = 256 << 20
-PROOF_EVALUATIONS = 48.0
+"""Of weights: beyond, a search is content with fewer evaluations."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,7 @@ def search_model(
     folder: Path | None = None,
     max_evaluations: float = math.inf,
     max_seconds: float = math.inf,
-    proof_evaluations: float | None = None,
+    effort: Effort | None = None,
     mixed_half: bool = False,
     progress: Progress = lambda _: None,
     on_progress: OnProgress = lambda _: None,
@@ -150,7 +148,7 @@ def search_model(
 
     Args:
         model: the FP32 model.
-        data: samples; a quarter of them is held out from every choice and only counts in pass or fail.
+        data: samples; a quarter of them is held out: nothing is learnt from them, they only count in pass or fail.
         keep: what stays FP32 in any case.
         must_half: what must become half in any case (patterns as for `keep`): the search works around it.
         precision: `fp16` or `bf16`.
@@ -165,8 +163,7 @@ def search_model(
         folder: where the log and the best answer so far are kept; the same call goes on from there.
         max_evaluations: passes over all samples, after which the best answer so far is given.
         max_seconds: the same in time.
-        proof_evaluations: what the proof of 1-minimality may cost: infinity measures every kept unit on all samples, None does so for
-            models of up to 256 MB of weights and takes 48 beyond.
+        effort: how many evaluations its parts may take; None: `THOROUGH` for models of up to 256 MB of weights, `QUICK` beyond.
         mixed_half: kept nodes that FP16 cannot hold run in BF16 where the gate is still met so.
         progress: told what is being done.
         on_progress: told the numbers, after every measurement.
@@ -221,7 +218,7 @@ def search_model(
             on_best=keep_best,
             num_samples=opened.model.num_samples,
             charged=1.0,
-            proof_evaluations=_proof_evaluations(loaded) if proof_evaluations is None else proof_evaluations,
+            effort=effort or (THOROUGH if weight_bytes(loaded) <= LARGE_BYTES else QUICK),
         )
         ranges = ranges_around(prepared, feeds, answer, opened.model.injected, opened.open_model)
         why = explain(prepared.index, half, ranges, answer.kept, answer.hard, answer.proofs, answer.evaluation.drift)
@@ -266,7 +263,3 @@ def search_model(
     if folder is not None:
         found.write_keep_list(folder / "keep.json")
     return found
-
-
-def _proof_evaluations(model: ir.Model) -> float:
-    return math.inf if weight_bytes(model) <= LARGE_BYTES else PROOF_EVALUATIONS

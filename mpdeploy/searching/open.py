@@ -32,7 +32,6 @@ from mpdeploy.searching.problem import (
     Scorer,
     held_out_samples,
     make_batches,
-    output_weights,
 )
 
 
@@ -125,10 +124,11 @@ def open_search(
             model,
             limit=limit,
             scorer=scorer,
+            held_out=held_out,
             digest=digest,
             confirm=lambda kept: confirm(costs.planned_half_keys(kept))[1],
         )
-        landscape = ModelLandscape(model, seen, output_weights(model))
+        landscape = ModelLandscape(model, seen)
         yield OpenedSearch(model, problem, landscape, held_out, seen, confirm, measure_plan, open_model)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ SUSPICIOUS = 0.05
 """Relative squared error of a rounding from which its units are suspected of being hard causes."""
 BATCH = 32
 """Samples of a run."""
-PROBES_AN_ITEM = 1.0
+PROBES_AN_ITEM = 2.0
 SAMPLES_A_PROBE = 2
 MAX_VALUES = 1 << 18
 """Values of a tensor that are looked at for the error it injects."""
@@ -139,18 +139,27 @@ class ModelProblem:
         model: what runs.
         limit: largest drift, or largest drop of the mean score where a scorer is given.
         scorer: scores outputs, or None: the drift gates.
+        held_out: samples that count in pass or fail and that nothing else is learnt from.
         digest: of model, data, gate and costs.
         confirm: measures the really rewritten model.
     """
 
     def __init__(
-        self, model: Model, *, limit: float, scorer: Scorer | None, digest: str, confirm: Callable[[KeepSet], float]
+        self,
+        model: Model,
+        *,
+        limit: float,
+        scorer: Scorer | None,
+        held_out: Collection[int],
+        digest: str,
+        confirm: Callable[[KeepSet], float],
     ) -> None:
         self.confirm = confirm
         self.model = model
         self.limit = limit
         self.digest = digest
         self.gates_drift = scorer is None
+        self._held_out = frozenset(held_out)
         self.units = [unit.key for unit in model.costs.flow.units if unit.key in model.costs.free]
         self._scorer = scorer
         self._reference = 0.0
@@ -188,7 +197,7 @@ class ModelProblem:
         """The same for flags."""
         batches = self.model.batches if samples is None else self.model.part(samples)
         start = min(self._first, len(batches) - 1) if samples is None else 0
-        meter = _Meter(batches)
+        meter = _Meter(batches, self._held_out)
         scores: list[NDArray[np.float64]] = []
         for place in [start, *(i for i in range(len(batches)) if i != start)]:
             batch = batches[place]
@@ -210,7 +219,7 @@ class ModelProblem:
             passes = not lost and not nan and measured <= self.limit + 1e-12
         share = meter.num_samples / self.model.num_samples
         whole = meter.num_samples == sum(len(batch.samples) for batch in batches)
-        return Evaluation(drift, passes and whole and not lost, lost, measured, share)
+        return Evaluation(drift, passes and whole and not lost, lost, measured, share, meter.energies, meter.learnable)
 
     def _is_decided(self, meter: _Meter, until: Until) -> bool:
         return until == "gate" and self.gates_drift and meter.surely_above(self.limit)
@@ -219,24 +228,30 @@ class ModelProblem:
 class _Meter:
     """Adds up energies per output, and knows what the whole of the golden answers weighs."""
 
-    def __init__(self, batches: Sequence[Batch]) -> None:
+    def __init__(self, batches: Sequence[Batch], held_out: frozenset[int] = frozenset()) -> None:
         self._golden: dict[str, float] = {}
         for batch in batches:
             for name, array in batch.golden.items():
                 usable = np.asarray(array, dtype=np.float64)
                 energy = float(np.square(np.where(np.isfinite(usable), usable, 0.0)).sum())
                 self._golden[name] = self._golden.get(name, 0.0) + energy
+        self._held_out = held_out
         self._error: dict[str, float] = dict.fromkeys(self._golden, 0.0)
-        self._seen: dict[str, float] = dict.fromkeys(self._golden, 0.0)
+        self._seen = dict(self._error)
+        self._error_held_out, self._seen_held_out = dict(self._error), dict(self._error)
         self.nonfinite = False
         self.num_samples = 0
 
     def add(self, batch: Batch, found: Mapping[str, Array]) -> None:
         self.num_samples += len(batch.samples)
+        held_out = [row for row, sample in enumerate(batch.samples) if sample in self._held_out]
         for name, golden in batch.golden.items():
             rows = per_sample(golden, found[name], split=batch.split)
             self._error[name] += float(rows[0].sum())
             self._seen[name] += float(rows[1].sum())
+            if held_out:
+                self._error_held_out[name] += float(rows[0][held_out].sum())
+                self._seen_held_out[name] += float(rows[1][held_out].sum())
             self.nonfinite |= bool(rows[5].any())
 
     def surely_above(self, limit: float) -> bool:
@@ -244,28 +259,37 @@ class _Meter:
         return any(error > limit**2 * self._golden[name] for name, error in self._error.items())
 
     @property
-    def energies(self) -> dict[str, float]:
-        """Relative squared error of each output over what was seen."""
-        return {
-            name: (error / self._seen[name] if self._seen[name] else math.inf if error else 0.0)
-            for name, error in self._error.items()
-        }
+    def energies(self) -> tuple[float, ...]:
+        """Relative squared error of each output over what was seen; infinite where a value of any is not finite."""
+        return tuple(self._energy(self._error[name], self._seen[name]) for name in self._error)
+
+    @property
+    def learnable(self) -> tuple[float, ...]:
+        """The same without the samples that are held out."""
+        return tuple(
+            self._energy(self._error[name] - self._error_held_out[name], self._seen[name] - self._seen_held_out[name])
+            for name in self._error
+        )
+
+    def _energy(self, error: float, seen: float) -> float:
+        if self.nonfinite:
+            return math.inf
+        return error / seen if seen else math.inf if error else 0.0
 
     @property
     def drift(self) -> float:
         """Of the worst output, over what was seen."""
-        return math.inf if self.nonfinite else math.sqrt(max(self.energies.values(), default=0.0))
+        return math.sqrt(max(self.energies, default=0.0))
 
 
 class ModelLandscape:
     """See `types.Landscape`. Items are the switches; probes use only the samples that are not held out."""
 
-    def __init__(self, model: Model, samples: Sequence[int], weights: Mapping[str, float]) -> None:
+    def __init__(self, model: Model, samples: Sequence[int]) -> None:
         self._model = model
         self._samples = list(samples)
-        self._weights = weights
         self._position = {switch.name: place for place, switch in enumerate(model.graph.switches)}
-        self.items = list(self._position)
+        self.parts = model.costs.parts
         self.injected = dict(model.injected)
         self.samples_a_probe = min(SAMPLES_A_PROBE, len(self._samples))
         self.max_probes = PROBES_AN_ITEM * sum(1 for energy in self.injected.values() if energy > 0)
@@ -275,40 +299,27 @@ class ModelLandscape:
         """That probes may use."""
         return len(self._samples)
 
-    def probe(self, item: str, samples: Sequence[int]) -> float:
+    def probe(self, item: str, samples: Sequence[int]) -> tuple[float, ...]:
         """Throw one switch."""
-        flags = np.zeros(len(self.items), dtype=bool)
+        flags = np.zeros(len(self._position), dtype=bool)
         flags[self._position[item]] = True
         batches = self._model.part([self._samples[sample] for sample in samples])
         meter = _Meter(batches)
         for batch in batches:
             meter.add(batch, self._model.run(batch, flags))
-        if meter.nonfinite:
-            return math.inf
-        return sum(self._weights[name] * energy for name, energy in meter.energies.items())
+        return meter.energies
 
     def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
         """See `FlowCosts.front`."""
         return self._model.costs.front(energies, hard)
 
-    def marginals(self, energies: Mapping[str, float], kept: KeepSet) -> dict[str, float]:
-        """See `FlowCosts.marginals`."""
-        return self._model.costs.marginals(energies, kept)
+    def price(self, kept: KeepSet) -> float:
+        """See `FlowCosts.price`."""
+        return self._model.costs.price(kept)
 
-    def energy(self, energies: Mapping[str, float], kept: KeepSet) -> float:
-        """See `FlowCosts.energy`."""
-        return self._model.costs.energy(energies, kept)
-
-
-def output_weights(model: Model) -> dict[str, float]:
-    """How much each output counts in an energy: those that drift most in all-half are those that gate."""
-    flags = np.ones(len(model.graph.switches), dtype=bool)
-    meter = _Meter(model.batches[:1])
-    meter.add(model.batches[0], model.run(model.batches[0], flags))
-    energies = {name: min(energy, 1.0) if math.isfinite(energy) else 1.0 for name, energy in meter.energies.items()}
-    squares = {name: energy**2 for name, energy in energies.items()}
-    total = sum(squares.values())
-    return {name: square / total if total > 0 else 1.0 / len(squares) for name, square in squares.items()}
+    def price_changes(self, kept: KeepSet) -> Mapping[str, float]:
+        """See `FlowCosts.price_changes`."""
+        return self._model.costs.price_changes(kept)
 
 
 def measure_injected(

@@ -24,6 +24,8 @@ from mpdeploy.precision.borders import cut_arcs, float_side_of, half_units
 from mpdeploy.precision.flow import Flow, Unit
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.op_rules import COMPUTE_OPS
+from mpdeploy.precision.search.parts import Parts
+from mpdeploy.precision.search.prices import Prices
 from mpdeploy.precision.search.switch_graph import Switch
 from mpdeploy.precision.search.types import Candidate, KeepSet
 
@@ -126,7 +128,16 @@ class FlowCosts:
         )
         self._all = frozenset(unit.key for unit in flow.units)
         self._half_at_most = self._all - self.rule_fixed
-        self._prices: dict[KeepSet, float] = {}
+        priced = {key: costs.units[key] for key in self._all - self.rule_fixed}
+        self._prices = Prices(flow, priced, costs.cast)
+        self._known: dict[KeepSet, float] = {}
+        # units in the order of the graph, so that nothing depends on how sets are ordered
+        free = [unit.key for unit in flow.units if unit.key in self.free]
+        self.parts = Parts(free, {switch.name: self._held_by(switch) for switch in switches})
+
+    def _held_by(self, switch: Switch) -> tuple[str, ...]:
+        """The units that keep a switch from being thrown; an output that is an input too is kept by that."""
+        return tuple(self._passed.get(key, key) for key in switch.needs if key not in self.rule_fixed)
 
     def half_keys(self, kept: KeepSet) -> frozenset[str]:
         """The units that are half when exactly these are kept."""
@@ -147,39 +158,18 @@ class FlowCosts:
 
     def cost(self, kept: KeepSet) -> float:
         """Of the plan that keeps these (and what lies between them, where that is cheaper than casts), beyond what rules keep."""
-        if kept not in self._prices:
-            self._prices[kept] = self._cost_of(self.planned_half_keys(kept))
-        return self._prices[kept]
+        if kept not in self._known:
+            self._known[kept] = self._prices.cost(self.planned_half_keys(kept))
+        return self._known[kept]
 
-    def _cost_of(self, half: frozenset[str]) -> float:
-        total = sum(self.costs.units[key] for key in self._all - half - self.rule_fixed)
-        if not self.costs.cast:
-            return total
-        units = self.flow.units
-        for edge in self.flow.edges:
-            made_half = not edge.always_float and units[edge.producer].key in half
-            taken_half = [units[taker].key in half for taker in edge.consumers]
-            crossing = (made_half and (edge.float_consumers or not all(taken_half))) or (
-                not made_half and any(taken_half)
-            )
-            total += self.costs.cast * 6.0 * edge.size * crossing
-        return total
+    def price(self, kept: KeepSet) -> float:
+        """Where exactly these are kept and nothing between them is."""
+        return self._prices.cost(self.half_keys(kept))
 
-    def energy(self, energies: Mapping[str, float], kept: KeepSet) -> float:
-        """Of the switches that are thrown."""
-        half = self.half_keys(kept)
-        return sum(energies[s.name] for s in self.switches if any(key in half for key in s.needs))
-
-    def marginals(self, energies: Mapping[str, float], kept: KeepSet) -> dict[str, float]:
-        """Energy of the switches that one kept unit alone holds back, together with the others."""
-        half = self.half_keys(kept)
-        found = dict.fromkeys(kept, 0.0)
-        for switch in self.switches:
-            if not any(key in half for key in switch.needs):
-                for key in switch.needs:
-                    if key in found:
-                        found[key] += energies[switch.name]
-        return found
+    def price_changes(self, kept: KeepSet) -> dict[str, float]:
+        """Unit -> what that changes by when it alone changes sides."""
+        changes = self._prices.changes(self.half_keys(kept))
+        return {key: changes[key] for key in self.free}
 
     def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
         """Every keep-list on the lower convex hull of cost against energy, from `hard` alone to everything."""
@@ -214,11 +204,11 @@ class FlowCosts:
         kept = front[-1].kept
         steps = [front[-1]]
         while removable := kept - front[0].kept:
-            marginals = self.marginals(energies, kept)
+            marginals = self.parts.marginals(energies, kept)
             least = min(removable, key=lambda unit: (marginals[unit] / self.costs.units[unit], unit))
             kept = kept - {least}
             cost = sum(self.costs.units[key] for key in kept)
-            steps.append(Candidate(kept, self.energy(energies, kept), cost))
+            steps.append(Candidate(kept, self.parts.energy(energies, kept), cost))
         return steps[::-1]
 
     def _price(self, kept: KeepSet, live: Sequence[Switch], energies: Mapping[str, float]) -> tuple[float, float]:

@@ -3,8 +3,9 @@
     1. all half            the gate may be met already
     2. hard causes         units that lose an output, by adaptive group testing (hard.py)
     3. gains               injected errors and a few probes give each part's energy at the outputs (gains.py)
-    4. prefix and prune    bisection along the predicted Pareto front, then what the slack pays for (soft.py)
-    5. proof               the drift without each kept unit, measured (soft.py)
+    4. prefix              bisection along the predicted Pareto front (soft.py)
+    5. exchange            cheaper ones, proposed by a model that learns from every measurement (exchange.py)
+    6. proof               the drift without each kept unit, measured (soft.py)
 
 It searches a `Problem` (types.py), whatever that is: a model behind a switchable emulation (`mpdeploy.searching`), or a synthetic
 one with a known answer (synthetic.py). Everything that is measured goes through a `Ledger` (ledger.py).
@@ -18,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpdeploy.precision.search.exchange import exchange
 from mpdeploy.precision.search.gains import Gains, estimate_gains
 from mpdeploy.precision.search.hard import find_hard, find_hub
 from mpdeploy.precision.search.ledger import Best, Ledger
-from mpdeploy.precision.search.soft import Proof, find_prefix, prove, prune, roomier
+from mpdeploy.precision.search.soft import Proof, find_prefix, prove, prune
 from mpdeploy.precision.search.types import (
-    Candidate,
     Evaluation,
     KeepSet,
     Landscape,
@@ -36,10 +37,32 @@ PROBE_SHARE = 0.5
 """Part of the evaluations that probes may use, where evaluations are limited."""
 CONFIRMATIONS = 4
 """How often a lower limit is aimed at, when the thing itself drifts a little more than what stands in for it."""
-PROBE_EVALUATIONS = 30.0
-"""Evaluations that probes may use at most."""
+ROUNDS = 2
+"""How often what a proof has taught is used to find something cheaper, which is proven anew."""
+WORTHWHILE = 0.02
+"""Part of the cost that must be saved for another proof."""
 LATER = 30.0
 """Evaluations that a proof may take, as long as nothing is known of it: for the time left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How many evaluations the parts of a search may take.
+
+    Attributes:
+        probes: of single roundings.
+        exchange: for something cheaper, all in all.
+        proof: that each kept unit is needed; with less than one a unit, most are measured on some samples only.
+    """
+
+    probes: float = 30.0
+    exchange: float = 128.0
+    proof: float = math.inf
+
+
+THOROUGH = Effort()
+QUICK = Effort(probes=30.0, exchange=24.0, proof=48.0)
+"""For models whose evaluations take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +131,7 @@ def search(
     on_best: Callable[[Best], None] = lambda _: None,
     num_samples: int = 32,
     charged: float = 0.0,
-    proof_evaluations: float = math.inf,
+    effort: Effort = THOROUGH,
 ) -> SearchAnswer:
     """Find the smallest keep-list that meets a problem's gate.
 
@@ -122,7 +145,7 @@ def search(
         on_progress: told after every measurement.
         on_best: given every answer that is better than all before: what a kill leaves.
         num_samples: of the data, for proofs on part of it.
-        proof_evaluations: what the proof may cost; with less than one a kept unit, most are measured on some samples only.
+        effort: how many evaluations its parts may take.
         charged: evaluations that were spent before (the pass that gave the injected errors).
 
     Raises:
@@ -141,7 +164,7 @@ def search(
     )
     with ledger:
         ledger.charge(charged)
-        run = _Search(ledger, seed, num_samples, proof_evaluations)
+        run = _Search(ledger, seed, num_samples, effort)
         stopped = ""
         try:
             run.run()
@@ -151,8 +174,8 @@ def search(
 
 
 class _Search:
-    def __init__(self, ledger: Ledger, seed: int, num_samples: int, proof_evaluations: float) -> None:
-        self.proof_evaluations = proof_evaluations
+    def __init__(self, ledger: Ledger, seed: int, num_samples: int, effort: Effort) -> None:
+        self.effort = effort
         self.ledger = ledger
         self.seed = seed
         self.num_samples = num_samples
@@ -162,7 +185,6 @@ class _Search:
         self.kept: KeepSet | None = None
         self.met = False
         self.proofs: list[Proof] = []
-        self.passing: tuple[list[Candidate], Candidate] | None = None
 
     def run(self) -> None:
         ledger = self.ledger
@@ -185,47 +207,44 @@ class _Search:
         if not met:
             kept, met = self._soften(hard)
         self._settle(kept, met=met)
-        if met:
-            ledger.start("proof", expected=min(0.5 * len(kept), self.proof_evaluations))
-            energies = None if self.gains is None else self.gains.energies
-            kept, self.proofs = prove(
-                ledger,
-                self._roomier(kept),
-                hard,
-                energies,
-                max_evaluations=min(ledger.evaluations_left, self.proof_evaluations),
-                num_samples=self.num_samples,
-            )
-            self._settle(self._confirmed(kept, self.kept or kept), met=True)
+        if not met:
+            return
+        kept = self._proven(kept, hard)
+        for _ in range(ROUNDS):
+            cheaper = self._improved(kept, hard)
+            if cheaper == kept:
+                return
+            self._settle(cheaper, met=True)
+            kept = self._proven(cheaper, hard)
 
-    def _roomier(self, kept: KeepSet) -> KeepSet:
-        """Where the proof begins: above what just passes, if it can try every unit on all samples."""
-        affordable = min(self.ledger.evaluations_left, self.proof_evaluations)
-        if self.passing is None or affordable < 1.25 * len(kept) + 2:
-            return kept
-        return roomier(self.ledger, *self.passing)
+    def _proven(self, kept: KeepSet, hard: KeepSet) -> KeepSet:
+        """With a proof of each unit; what the proof shows not to be needed is gone."""
+        ledger = self.ledger
+        ledger.start("proof", expected=min(0.5 * len(kept), self.effort.proof))
+        kept, self.proofs = prove(
+            ledger,
+            kept,
+            hard,
+            None if self.gains is None else self.gains.energies,
+            max_evaluations=min(ledger.evaluations_left, self.effort.proof),
+            num_samples=self.num_samples,
+        )
+        self._settle(kept, met=True)
+        return kept
 
-    def _confirmed(self, kept: KeepSet, before: KeepSet) -> KeepSet:
-        """What the proof left, if the thing itself agrees; else the cheapest it came through that does; else what was confirmed before.
-
-        A proof gives up one unit at a time and uses up all the room there is, so that the thing itself may miss the gate by a hair. Then
-        a lower limit is aimed at, and what was given up since that still holds is tried again, in another order.
-        """
+    def _improved(self, kept: KeepSet, hard: KeepSet) -> KeepSet:
+        """By what the proof has taught; `kept` itself where nothing cheaper is confirmed, or another proof could not be paid for."""
         ledger, problem = self.ledger, self.ledger.problem
-        least = kept
+        affordable = len(kept) <= min(self.effort.proof, ledger.evaluations_left)
+        if self.gains is None or not problem.gates_drift or not affordable:
+            return kept
         for _ in range(CONFIRMATIONS):
-            if kept == before or ledger.confirm(kept):
-                return kept
-            whole = [known for known, found in ledger.history if found.share == 1.0 and least < known]
-            kept = min(
-                (known for known in whole if ledger.evaluate(known).passes),
-                key=lambda known: (problem.cost(known), len(known), sorted(known)),
-                default=before,
-            )
-            for unit in sorted(kept - least):
-                if ledger.evaluate(kept - {unit}).passes:
-                    kept = kept - {unit}
-        return before
+            found = self._cheaper(ledger.cheapest(above=hard) or kept, hard, self.gains)
+            if problem.cost(found) > (1 - WORTHWHILE) * problem.cost(kept):
+                break
+            if ledger.confirm(found):
+                return found
+        return kept
 
     def _settle(self, kept: KeepSet, *, met: bool) -> None:
         self.kept, self.met = kept, met
@@ -248,19 +267,32 @@ class _Search:
         landscape = ledger.landscape
         if landscape is None:
             return self._soften_blindly(hard)
+        everything = frozenset(ledger.problem.units)
         gains = self._estimate(hard)
         front = landscape.front(gains.energies, hard)
         for _ in range(CONFIRMATIONS):
-            ledger.start("prefix", expected=6.0, later=LATER)
-            candidate, met = find_prefix(ledger, front, is_known_to_fail=front[0].kept == hard)
-            if not met:
-                return candidate.kept, False
-            ledger.start("prune", expected=6.0, later=min(0.5 * len(candidate.kept), self.proof_evaluations))
-            kept = prune(ledger, candidate.kept, hard, gains.energies)
+            kept = ledger.cheapest(above=hard)
+            if kept is None or kept == everything:
+                ledger.start("prefix", expected=6.0, later=LATER)
+                candidate, met = find_prefix(ledger, front, is_known_to_fail=front[0].kept == hard)
+                if not met:
+                    return candidate.kept, False
+                kept = candidate.kept
+            kept = self._cheaper(kept, hard, gains)
             if ledger.confirm(kept):
-                self.passing = (front, candidate)
                 return kept, True
         return front[-1].kept, ledger.evaluate(front[-1].kept).passes and ledger.confirm(front[-1].kept)
+
+    def _cheaper(self, kept: KeepSet, hard: KeepSet, gains: Gains) -> KeepSet:
+        """By what is known of the parts, without a proof."""
+        ledger = self.ledger
+        later = min(0.5 * len(kept), self.effort.proof)
+        if not ledger.problem.gates_drift:
+            ledger.start("prune", expected=6.0, later=later)
+            return prune(ledger, kept, hard, gains.energies)
+        ledger.start("exchange", expected=16.0, later=later)
+        left = self.effort.exchange - ledger.by_phase.get("exchange", 0.0)
+        return exchange(ledger, gains, kept, hard, max_evaluations=min(ledger.evaluations_left, left))
 
     def _estimate(self, beside: KeepSet) -> Gains:
         """The energies of the parts."""
@@ -269,11 +301,13 @@ class _Search:
         assert landscape is not None
         limit = problem.limit**2 if problem.gates_drift else ledger.evaluate(beside).drift ** 2 / 4
         probes = landscape.max_probes * landscape.samples_a_probe / max(landscape.num_samples, 1)
-        ledger.start("gains", expected=min(probes, PROBE_EVALUATIONS), later=12 + LATER)
+        ledger.start("gains", expected=min(probes, self.effort.probes), later=12 + LATER)
+        assert self.all_half is not None
         self.gains = estimate_gains(
             ledger,
+            all_half=self.all_half.energies,
             target=limit if math.isfinite(limit) else 1e-4,
-            budget=min(PROBE_EVALUATIONS, PROBE_SHARE * ledger.evaluations_left),
+            budget=min(self.effort.probes, PROBE_SHARE * ledger.evaluations_left),
             seed=self.seed,
             max_probes=landscape.max_probes,
             batch=landscape.samples_a_probe,

@@ -29,7 +29,13 @@ from mpdeploy.precision.search.types import (
     Until,
 )
 
-LOG_VERSION = 1
+LOG_VERSION = 2
+HAIR = 0.03
+"""Where the thing itself is above the gate by less than this part of it, that is how sums are ordered: another keep-list may do."""
+STEP = 0.003
+"""By so much of what stands for it the limit is lowered then,"""
+GENTLE = 2
+"""so often; after that, by as much as the last one was off."""
 
 
 def set_aside(log: Path, problem: Problem, seed: int) -> Path | None:
@@ -104,8 +110,9 @@ class Ledger:
         self._fresh = 0.0  # evaluations that were measured, not replayed
         self.history: list[tuple[KeepSet, Evaluation]] = []
         self._best: Best | None = None
+        self._refuted: set[KeepSet] = set()
         self._known: dict[str, Any] = {}
-        self._item_number = {item: position for position, item in enumerate(landscape.items)} if landscape else {}
+        self._item_number = {item: position for position, item in enumerate(landscape.parts.items)} if landscape else {}
         self._max_evaluations = max_evaluations
         self._max_seconds = max_seconds
         self._on_progress = on_progress
@@ -156,16 +163,16 @@ class Ledger:
         key = "e" + digest_of_json([same, list(samples or ())])[:24]
         memory = "m" + key
         if memory in self._known:
-            found: Evaluation = self._judged(self._known[memory])
+            found: Evaluation = self._judged(kept, self._known[memory])
             if samples is None and found.passes:
                 self._offer(kept, found)
             return found
         if key in self._known:
             self.replayed += 1
-            found = self._judged(Evaluation.from_json(self._known.pop(key)))
+            found = self._judged(kept, Evaluation.from_json(self._known.pop(key)))
         else:
             self._check()
-            found = self._judged(self.problem.evaluate(kept, samples, until=until))
+            found = self._judged(kept, self.problem.evaluate(kept, samples, until=until))
             self._write({"key": key, "phase": self.phase, "num_kept": len(kept), **found.to_json()})
             self._fresh += found.share
         self._known[memory] = found
@@ -177,9 +184,28 @@ class Ledger:
         self._tell()
         return found
 
-    def _judged(self, found: Evaluation) -> Evaluation:
-        """Under the limit that is aimed at now."""
-        return replace(found, passes=found.passes and found.measured <= self.limit)
+    def _judged(self, kept: KeepSet, found: Evaluation) -> Evaluation:
+        """Under the limit that is aimed at now; what was refuted does not pass."""
+        passes = found.passes and found.measured <= self.limit and kept not in self._refuted
+        return replace(found, passes=passes)
+
+    def cheapest(self, *, above: KeepSet = frozenset()) -> KeepSet | None:
+        """The cheapest keep-list measured on all samples that passes and holds all of `above`."""
+        passing = [kept for kept, found in self.history if above <= kept and self._judged(kept, found).passes]
+        return min(passing, key=lambda kept: (self.problem.cost(kept), len(kept), sorted(kept)), default=None)
+
+    def really(self, kept: KeepSet) -> float:
+        """What the gate looks at, of the thing itself.
+
+        Raises:
+            SearchStoppedError: time or evaluations are spent.
+        """
+        key = "c" + digest_of_json(sorted(self.problem.canonical(kept)))[:24]
+        if key not in self._known:
+            self._check()
+            self._known[key] = {"measured": self.problem.confirm(kept)}
+            self._write({"key": key, "phase": self.phase, **self._known[key]})
+        return float(self._known[key]["measured"])
 
     def confirm(self, kept: KeepSet) -> bool:
         """Whether the thing itself meets the gate too; if it does not, a lower limit is aimed at from here on.
@@ -187,23 +213,30 @@ class Ledger:
         Raises:
             SearchStoppedError: time or evaluations are spent.
         """
-        key = "c" + digest_of_json(sorted(self.problem.canonical(kept)))[:24]
-        if key in self._known:
-            measured = float(self._known[key]["measured"])
-        else:
-            self._check()
-            measured = self.problem.confirm(kept)
-            self._known[key] = {"measured": measured}
-            self._write({"key": key, "phase": self.phase, "measured": measured})
-        confirmed = measured <= self.problem.limit * (1 + 1e-9)
-        if not confirmed and math.isfinite(measured):
-            found = self.evaluate(kept).measured
-            self.limit = min(self.limit * 0.99, 0.995 * found * self.problem.limit / measured)
-        if not confirmed and self._best is not None and self._best.kept == kept:
+        measured = self.really(kept)
+        if measured <= self.gate:
+            return True
+        found = self.evaluate(kept).measured
+        needed = 0.995 * found * self.problem.limit / measured if math.isfinite(measured) else 0.99 * self.limit
+        self._refuted.add(kept)
+        if len(self._refuted) <= GENTLE and needed > (1 - HAIR) * found:
+            needed = max(needed, (1 - STEP) * found)
+        self.limit = min(self.limit, needed)
+        if self._best is not None and self._best.kept == kept:
             self._best = None
-        return confirmed
+        return False
 
-    def probe(self, item: str, samples: Sequence[int]) -> float:
+    @property
+    def gate(self) -> float:
+        """The largest measure of the thing itself that passes."""
+        return self.problem.limit * (1 + 1e-9)
+
+    def aim_at_the_gate(self) -> None:
+        """From here on the limit is the gate's own, and whoever asks confirms what passes it."""
+        self.limit = self.problem.limit
+        self._refuted.clear()
+
+    def probe(self, item: str, samples: Sequence[int]) -> tuple[float, ...]:
         """Measure one part of the error on some samples; counts by their share.
 
         Raises:
@@ -213,15 +246,15 @@ class Ledger:
         key = f"p{self._item_number[item]}:{','.join(map(str, samples))}"
         if key in self._known:
             self.replayed += 1
-            energy = float(self._known[key]["energy"])
+            energies = tuple(float(energy) for energy in self._known[key]["energies"])
         else:
             self._check()
-            energy = self.landscape.probe(item, samples)
+            energies = self.landscape.probe(item, samples)
             self._fresh += len(samples) / self.landscape.num_samples
-            self._write({"key": key, "energy": energy})
+            self._write({"key": key, "energies": list(energies)})
         self._count(len(samples) / self.landscape.num_samples)
         self._tell()
-        return energy
+        return energies
 
     def charge(self, evaluations: float) -> None:
         """Count a pass that was made outside (the one that gives the injected errors)."""

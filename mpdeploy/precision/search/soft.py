@@ -1,7 +1,7 @@
 """The additive part: from estimated energies to a keep-list that passes, is 1-minimal, and says what each unit is worth.
 
 find_prefix   bisection along the predicted Pareto front, each step placed by what the last measurement says of the prediction
-prune         gives back to half whatever the slack under the gate pays for
+prune         gives back to half what a gate on a metric does not need (a gate on the drift: exchange.py)
 prove         measures the drift without each kept unit; one that is not needed goes
 """
 
@@ -16,8 +16,6 @@ from mpdeploy.precision.search.types import Candidate, Evaluation, KeepSet
 
 DOUBTFUL = 12.0
 """Evaluations that a proof short of them keeps for the units that look least needed."""
-ROOM = 0.95
-"""Part of the gate's energy that a proof starts from, where it can try every unit."""
 PARTS = (4, 2)
 """A proof is tried on a quarter of the samples, then on half of them, before it takes all."""
 CERTAIN = 0.01
@@ -90,24 +88,15 @@ def _ratio(found: Evaluation, candidate: Candidate) -> float:
 
 
 def prune(ledger: Ledger, kept: KeepSet, hard: KeepSet, energies: Mapping[str, float]) -> KeepSet:
-    """Give back to half, by measurement, what the slack under the gate pays for; the result passes as `kept` does."""
-    landscape, problem = ledger.landscape, ledger.problem
-    assert landscape is not None
+    """Give back to half what adds least, a quarter of what is kept at first; the result passes as `kept` does."""
+    assert ledger.landscape is not None
+    parts = ledger.landscape.parts
     tries = failures = 0
     while tries < MAX_PRUNE and failures < 3:
-        found = ledger.evaluate(kept)
-        marginals = landscape.marginals(energies, kept)
-        order = sorted((unit for unit in kept if unit not in hard), key=lambda unit: (marginals[unit], unit))
-        free = [unit for unit in order if marginals[unit] <= 0]
-        slack = ledger.limit**2 - found.drift**2 if problem.gates_drift else math.inf
-        predicted = landscape.energy(energies, kept)
-        scale = min(max(found.drift**2 / predicted, 0.1), 10.0) if predicted > 0 and found.drift > 0 else 1.0
-        batch, total = list(free), 0.0
-        for unit in order[len(free) :]:
-            total += scale * marginals[unit]
-            if total > slack or (not problem.gates_drift and len(batch) >= max(len(order) // 4, 1)):
-                break
-            batch.append(unit)
+        marginals = parts.marginals(energies, kept)
+        order = sorted(kept - hard, key=lambda unit: (marginals[unit], unit))
+        free = sum(1 for unit in order if marginals[unit] <= 0)
+        batch = order[: max(free, len(order) // 4, 1)]
         if not batch:
             return kept
         while batch and tries < MAX_PRUNE:
@@ -137,11 +126,13 @@ def prove(
     A hard cause that loses an output on one sample is shown by that. A unit whose error on a part of the samples alone uses up all that
     is left under the gate is shown by those (see `_Proofs.is_shown_on_part`); the others, least needed first, are tried on all samples.
     Where evaluations are short, all units are measured on some samples and only those that look least needed on all. A unit that goes
-    makes the others more needed, not less: what was measured of them stands, as a lower bound.
+    makes the others more needed, not less: what was measured of them stands, as a lower bound. A unit goes only if the thing itself
+    meets the gate without it.
 
     Returns:
         The kept set (1-minimal where every proof says `needed`), and one proof a unit in the order of what they are worth.
     """
+    ledger.aim_at_the_gate()
     proofs = _Proofs(ledger, kept, energies, ledger.evaluations + max_evaluations, num_samples)
     proofs.of_lost(hard)
     if proofs.are_short():
@@ -206,12 +197,15 @@ class _Proofs:
             if not self.doubt and self.is_shown_on_part(unit):
                 continue
             found = self.ledger.evaluate(self.kept - {unit})
-            if found.passes:
+            looked = max(1, round(found.share * self.num_samples))
+            drift = found.drift
+            if found.passes and (really := self.ledger.really(self.kept - {unit})) <= self.ledger.gate:
                 self.kept = self.kept - {unit}
                 self.found.pop(unit, None)
-            else:
-                looked = max(1, round(found.share * self.num_samples))
-                self.found[unit] = Proof(unit, found.drift, looked, needed=True)
+                continue
+            if found.passes and self.ledger.problem.gates_drift:
+                drift = really  # what stands in for the thing itself passes by a hair, and that does not
+            self.found[unit] = Proof(unit, drift, looked, needed=True)
         for unit in self.untested - self.found.keys():
             self.found[unit] = Proof(unit, math.nan, 0, needed=False)
 
@@ -226,7 +220,7 @@ class _Proofs:
             return False
         whole = ledger.evaluate(self.kept)
         room = max(ledger.limit**2 - whole.drift**2, 0.0) + CERTAIN * ledger.limit**2
-        predicted = landscape.marginals(self.energies, self.kept)[unit]
+        predicted = landscape.parts.marginals(self.energies, self.kept)[unit]
         for part in self.parts:
             share = len(part) / self.num_samples
             if share * predicted <= 1.2 * room or predicted < LARGE * ledger.limit**2:
@@ -240,20 +234,11 @@ class _Proofs:
         return False
 
 
-def roomier(ledger: Ledger, front: Sequence[Candidate], candidate: Candidate) -> KeepSet:
-    """A keep-list a little above the one that just passes: a proof that starts there has a choice of what to let go."""
-    ratio = _ratio(ledger.evaluate(candidate.kept), candidate)
-    for larger in front[front.index(candidate) :]:
-        if larger.energy * ratio <= ROOM * ledger.limit**2:
-            return larger.kept if ledger.evaluate(larger.kept).passes else candidate.kept
-    return candidate.kept
-
-
 def _by_worth(ledger: Ledger, kept: KeepSet, energies: Mapping[str, float] | None, units: Collection[str]) -> list[str]:
     """Units by what they are predicted to be worth now, least first."""
     if ledger.landscape is None or energies is None:
         return sorted(units)
-    marginals = ledger.landscape.marginals(energies, kept)
+    marginals = ledger.landscape.parts.marginals(energies, kept)
     return sorted(units, key=lambda unit: (marginals[unit], unit))
 
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from mpdeploy.precision.search.parts import Parts
+
 KeepSet = frozenset[str]
 Until = Literal["gate", "lost"]
 """What ends an evaluation early: a gate that plainly fails, or only a lost output."""
@@ -25,6 +27,8 @@ class Evaluation:
         lost: whether an output is lost: not finite, or beyond any use.
         measured: what the gate looks at: the drift, or the drop of a metric.
         share: how much of all samples was looked at, 0 to 1; less than 1 where a failure was plain before the end.
+        energies: squared relative L2 drift of each output over what was looked at; `drift` is the root of the largest.
+        learnable: the same without the samples that are held out: what a search may learn from. The others only count in pass or fail.
     """
 
     drift: float
@@ -32,6 +36,8 @@ class Evaluation:
     lost: bool
     measured: float
     share: float = 1.0
+    energies: tuple[float, ...] = ()
+    learnable: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the log."""
@@ -41,6 +47,8 @@ class Evaluation:
             "lost": self.lost,
             "measured": self.measured,
             "share": self.share,
+            "energies": list(self.energies),
+            "learnable": list(self.learnable),
         }
 
     @classmethod
@@ -52,6 +60,8 @@ class Evaluation:
             bool(value["lost"]),
             float(value["measured"]),
             float(value["share"]),
+            tuple(float(energy) for energy in value["energies"]),
+            tuple(float(energy) for energy in value["learnable"]),
         )
 
 
@@ -103,8 +113,8 @@ class Landscape(Protocol):
     """The error's parts. Energies are squared relative L2 drifts: what adds up."""
 
     @property
-    def items(self) -> Sequence[str]:
-        """The parts: roundings of a tensor or of constants."""
+    def parts(self) -> Parts:
+        """Which items (roundings of a tensor or of constants) happen with which keep-list."""
 
     @property
     def injected(self) -> Mapping[str, float]:
@@ -122,17 +132,17 @@ class Landscape(Protocol):
     def max_probes(self) -> float:
         """How many probes are worth their time."""
 
-    def probe(self, item: str, samples: Sequence[int]) -> float:
-        """The energy at the outputs when this rounding alone happens, on these samples."""
+    def probe(self, item: str, samples: Sequence[int]) -> tuple[float, ...]:
+        """The energy at each output when this rounding alone happens, on these samples."""
 
     def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
         """Keep-lists that hold `hard`, from the cheapest to everything, each the best predicted for its cost."""
 
-    def marginals(self, energies: Mapping[str, float], kept: KeepSet) -> dict[str, float]:
-        """Kept unit -> energy that is added when it alone becomes half."""
+    def price(self, kept: KeepSet) -> float:
+        """What it costs that exactly these are kept; `Problem.cost` may be less, where keeping more is cheaper."""
 
-    def energy(self, energies: Mapping[str, float], kept: KeepSet) -> float:
-        """Predicted squared drift of a keep-list."""
+    def price_changes(self, kept: KeepSet) -> Mapping[str, float]:
+        """Unit -> what the cost changes by when it alone changes sides: below 0 where it becomes cheaper."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,136 @@
+"""From a keep-list that passes to a cheaper one: propose what the surrogate thinks best, measure it, learn, propose again.
+
+A proposal is walked to (walk.py) on the surrogate (surrogate.py): units are let go, those first that lower the chance of passing least
+for what they save, until the price is low enough; then some are taken back and others let go instead, more and more of them at once,
+for as long as the chance rises (a strategic oscillation, Glover 1977). What is measured next is what promises most: its chance times
+what it saves. It ends where nothing promises anything, or after some failures in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mpdeploy.precision.search.gains import Gains
+from mpdeploy.precision.search.ledger import Ledger
+from mpdeploy.precision.search.surrogate import Measured, Surrogate
+from mpdeploy.precision.search.types import Evaluation, KeepSet
+from mpdeploy.precision.search.walk import Walk
+
+SAVINGS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+"""What a proposal tries to save, as parts of the price; the first one: anything at all."""
+TRIED_WELL = 5
+"""So many of them are exchanged, those that promise most."""
+DEPTH = 4
+"""Groups that are exchanged at once, at most."""
+NEAR, NEAR_STARTS = 1.1, 3
+"""Proposals are walked to from so many more that were measured too, and had a drift of at most so many times the limit."""
+LEAST_CHANCE = 0.01
+"""Of passing, for a measurement to be worth its time."""
+FAILURES = 16
+"""Measurements in a row that do not pass, before it ends."""
+
+
+def exchange(ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_evaluations: float) -> KeepSet:
+    """The cheapest keep-list that was found to pass, `kept` if there is none cheaper.
+
+    Args:
+        ledger: what measures; its problem gates a drift.
+        gains: the energies of the parts.
+        kept: passes.
+        hard: of it, what must stay.
+        max_evaluations: at most.
+    """
+    assert ledger.landscape is not None
+    end = ledger.evaluations + max_evaluations
+    surrogate = _surrogate(ledger, gains)
+    failures = 0
+    while failures < FAILURES and ledger.evaluations + 1 <= end:
+        proposal, chance = _propose(ledger, surrogate, kept, hard)
+        if chance < LEAST_CHANCE:
+            break
+        found = ledger.evaluate(proposal, until="lost")
+        if found.passes:
+            kept, failures = proposal, 0
+        else:
+            failures += 1
+        if not _is_whole(found):
+            break  # what should only add up has lost an output: the surrogate knows nothing of that
+        surrogate.learn([_measured(ledger, proposal, found)])
+    return kept
+
+
+def _is_whole(found: Evaluation) -> bool:
+    """Whether there is something to learn from it."""
+    return found.share == 1.0 and bool(found.energies) and bool(np.isfinite(found.energies).all())
+
+
+def _measured(ledger: Ledger, kept: KeepSet, found: Evaluation) -> Measured:
+    assert ledger.landscape is not None
+    gate = ledger.limit**2
+    return Measured(
+        ledger.landscape.parts.thrown(kept), np.array(found.learnable) / gate, np.array(found.energies) / gate
+    )
+
+
+def _surrogate(ledger: Ledger, gains: Gains) -> Surrogate:
+    """With everything that was measured as a whole."""
+    assert ledger.landscape is not None
+    surrogate = Surrogate(gains.expected / ledger.limit**2, gains.variances)
+    whole = {kept: found for kept, found in ledger.history if _is_whole(found)}
+    if whole:
+        surrogate.learn([_measured(ledger, kept, found) for kept, found in whole.items()])
+    return surrogate
+
+
+def _propose(ledger: Ledger, surrogate: Surrogate, kept: KeepSet, hard: KeepSet) -> tuple[KeepSet, float]:
+    """What promises most among what was not measured yet, and its chance of passing."""
+    assert ledger.landscape is not None
+    price = ledger.problem.cost(kept)
+    measured = {known for known, _ in ledger.history}
+    start = Walk(ledger.landscape, surrogate, kept, hard, measured)
+    walks = list(_cheaper(start))
+    for near in _near_misses(ledger, price, hard):
+        walk = Walk(ledger.landscape, surrogate, near, hard, measured)
+        walk.limit = _below(start.price)
+        walks += [walk] if walk.let_go() else []
+    walks.sort(key=lambda walk: -(start.price - walk.price) * walk.chance**2)
+    found: list[tuple[float, float, KeepSet]] = []
+    for walk in walks[:TRIED_WELL]:
+        for better in (walk, walk.exchanged(DEPTH)):
+            proposal = better.keep_set
+            saved = price - ledger.problem.cost(proposal)
+            if proposal not in measured and saved > 0:
+                found.append((saved * better.chance**2, better.chance, proposal))
+    if not found:
+        return kept, 0.0
+    _, chance, proposal = max(found, key=lambda each: (each[0], sorted(each[2])))
+    return proposal, chance
+
+
+def _near_misses(ledger: Ledger, price: float, hard: KeepSet) -> list[KeepSet]:
+    """Cheaper ones that were measured and failed by little: from there, other valleys are in reach."""
+    found = [
+        (measured.drift, sorted(kept))
+        for kept, measured in ledger.history
+        if measured.share == 1.0
+        and ledger.limit < measured.drift <= NEAR * ledger.limit
+        and hard <= kept
+        and ledger.problem.cost(kept) < price
+    ]
+    return [frozenset(kept) for _, kept in sorted(found)[:NEAR_STARTS]]
+
+
+def _below(price: float) -> float:
+    return price - 1e-9 * abs(price)
+
+
+def _cheaper(start: Walk) -> Iterator[Walk]:
+    """One walk a saving, each goes on where the last one ended."""
+    walk = start.copy()
+    for saving in SAVINGS:
+        walk.limit = _below(start.price * (1 - saving))
+        if not walk.let_go():
+            return
+        yield walk.copy()
