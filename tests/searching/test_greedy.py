@@ -23,7 +23,8 @@ def greedy(path: Path, data: str, share: float, cost: str) -> tuple[float, froze
     """The limit (a share of the drift of all half), what greedy keeps at it, its cost, and its evaluations.
 
     From everything in FP32, units become half, the one that harms least by itself first, for as long as the gate holds; a unit that
-    breaks it is passed over, and the next is tried.
+    breaks it is passed over, and the next is tried. Then the really rewritten model must meet the gate too, as our answer does: the
+    last units that went half are taken back until it is met.
     """
     prepared = prepare(load_model(path), FP16)
     feeds = load_feeds(data, input_specs(prepared.model), where="test")
@@ -33,9 +34,13 @@ def greedy(path: Path, data: str, share: float, cost: str) -> tuple[float, froze
         limit = share * problem.evaluate(frozenset(), until="lost").drift
         kept = everything = frozenset(problem.units)
         harm = {unit: problem.evaluate(everything - {unit}, until="lost").drift for unit in problem.units}
+        let_go = []
         for unit in sorted(problem.units, key=lambda unit: (harm[unit], unit)):
             if problem.evaluate(kept - {unit}, until="lost").drift <= limit:
                 kept = kept - {unit}
+                let_go.append(unit)
+        while problem.confirm(kept) > limit:
+            kept |= {let_go.pop()}
         return limit, kept, problem.cost(kept), 2 * len(harm)
 
 
@@ -59,9 +64,10 @@ def test_a_trained_cnn_keeps_no_more_than_greedy(share: float, cost: str, zoo_fo
 
 
 @pytest.mark.slow
-def test_a_real_model_keeps_no_more_than_greedy(zoo_folder: Path, tmp_path: Path) -> None:
-    """MiniLM takes minutes: `run.py model --greedy` in examples/search_benchmark. Greedy wins there by 99 to 101, on vit by 51 to 53."""
-    model = zoo.export("convnext", zoo_folder)
-    assert model is not None
+@pytest.mark.parametrize("name", ["convnext", "vit", "minilm"])
+def test_a_real_model_keeps_no_more_than_greedy(name: str, zoo_folder: Path, tmp_path: Path) -> None:
+    model = zoo.export(name, zoo_folder)
+    if model is None:
+        pytest.skip(f"the weights of {name} are not installed")
     np.savez(tmp_path / "x.npz", **model.feeds(32, 1))
     _beside_greedy(model.path, str(tmp_path / "x.npz"), 0.25, "nodes")

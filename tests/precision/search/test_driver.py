@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mpdeploy.errors import UsageError
@@ -40,7 +41,7 @@ def test_known_errors_alone_would_not_do() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_traps_and_additive_error_together_are_solved(seed: int) -> None:
-    problem = synthetic_problem(seed=seed, num_traps=5, num_pairs=2, budget=0.5)
+    problem = synthetic_problem(seed=seed, num_units=500, num_traps=5, num_pairs=2, budget=0.5)
     answer = search(problem, problem)
     best = len(problem.true_answer())
     assert answer.met
@@ -76,7 +77,7 @@ def test_each_kept_unit_is_shown_to_be_needed() -> None:
 @pytest.mark.parametrize("seed", range(6, 10))
 def test_no_proof_on_part_of_the_samples_is_wrong(budget: float, seed: int) -> None:
     """Samples of very unequal error: the part that is looked at may be far from the whole."""
-    problem = synthetic_problem(seed=seed, budget=budget, sample_shape=0.5)
+    problem = synthetic_problem(seed=seed, num_units=300, budget=budget, sample_shape=0.5)
     answer = search(problem, problem)
     assert answer.is_minimal
     for proof in answer.proofs:
@@ -100,11 +101,66 @@ def test_a_gate_that_all_half_meets_keeps_nothing() -> None:
     assert answer.evaluations == 1
 
 
+# ---- the thing itself differs a little from what stands in for it
+
+
+class Doubtful(SyntheticProblem):
+    """The thing itself drifts up to 2 % more or less than `evaluate` says, as sums in another order do."""
+
+    def confirm(self, kept: KeepSet) -> float:
+        chance = np.random.default_rng([len(kept), *(int(unit[1:]) for unit in sorted(kept))]).uniform(-0.02, 0.02)
+        return self.evaluate(kept).drift * (1 + chance)
+
+
+def _doubtful(seed: int, budget: float) -> Doubtful:
+    problem = synthetic_problem(seed=seed, num_units=200, budget=budget, dimensions=1)
+    return Doubtful(**{name: getattr(problem, name) for name in SyntheticProblem.__dataclass_fields__})
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.2])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_thing_itself_meets_the_gate_and_does_not_without_any_kept_unit(seed: int, budget: float) -> None:
+    problem = _doubtful(seed, budget)
+    answer = search(problem, problem)
+    assert answer.met
+    assert problem.confirm(answer.kept) <= problem.limit
+    assert answer.is_minimal
+    for proof in answer.proofs:
+        without = answer.kept - {proof.unit}
+        assert max(problem.confirm(without), problem.evaluate(without).drift) > problem.limit
+        assert proof.drift_without > problem.limit
+
+
+def test_a_hair_too_much_costs_few_units() -> None:
+    """Beside the same problem whose stand-in tells the truth."""
+    kept = {True: 0, False: 0}
+    for seed in range(3):
+        doubtful = _doubtful(seed, 0.3)
+        honest = SyntheticProblem(**{name: getattr(doubtful, name) for name in SyntheticProblem.__dataclass_fields__})
+        for problem in (doubtful, honest):
+            kept[problem is doubtful] += len(search(problem, problem).kept)
+    assert kept[True] <= 1.05 * kept[False]
+
+
+def test_a_stand_in_that_is_far_off_ends_honestly() -> None:
+    """The thing itself drifts half as much again: the limit is lowered until it passes, or the answer says that it does not."""
+
+    class FarOff(SyntheticProblem):
+        def confirm(self, kept: KeepSet) -> float:
+            return 1.5 * self.evaluate(kept).drift
+
+    problem = synthetic_problem(seed=1, num_units=300, budget=0.5)
+    far = FarOff(**{name: getattr(problem, name) for name in SyntheticProblem.__dataclass_fields__})
+    answer = search(far, far)
+    assert answer.met
+    assert far.confirm(answer.kept) <= far.limit
+
+
 # ---- determinism, replay, resume
 
 
 def test_the_same_seed_takes_the_same_steps(tmp_path: Path) -> None:
-    problem = synthetic_problem(seed=4, num_traps=2, budget=0.3)
+    problem = synthetic_problem(seed=4, num_units=300, num_traps=2, budget=0.3)
     logs = []
     for name in ("a", "b"):
         search(problem, problem, seed=7, log=tmp_path / name)
@@ -129,7 +185,7 @@ class Counted(SyntheticProblem):
         self._spend()
         return super().evaluate(kept, samples, until=until)
 
-    def probe(self, item: str, samples: Sequence[int]) -> float:
+    def probe(self, item: str, samples: Sequence[int]) -> tuple[float, ...]:
         self._spend()
         return super().probe(item, samples)
 
@@ -139,7 +195,7 @@ def _mortal(problem: SyntheticProblem, lives: int) -> Counted:
 
 
 def test_a_killed_search_goes_on_where_it_was(tmp_path: Path) -> None:
-    whole = synthetic_problem(seed=5, num_traps=3, budget=0.5)
+    whole = synthetic_problem(seed=5, num_units=500, num_traps=3, budget=0.5)
     expected = search(whole, whole)
     log = tmp_path / "search.jsonl"
     runs = 0
