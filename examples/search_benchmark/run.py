@@ -171,14 +171,22 @@ def run_model(arguments: argparse.Namespace) -> None:
     if arguments.greedy:
         begin = time.perf_counter()
         with _opened(arguments, limit) as opened:
-            kept, evaluations = greedy(opened)
-            drift = opened.problem.evaluate(kept, until="lost").drift
-        rows.append(
-            (
-                "greedy over single nodes", f"{len(kept)} of {found.num_free}", f"{drift:.3g}", "", str(evaluations),
-                f"{time.perf_counter() - begin:.1f}", "",
-            )
-        )  # fmt: skip
+            kept, confirmed, evaluations = greedy(opened)
+            seconds = time.perf_counter() - begin
+            answers = {"greedy over single nodes": kept, "greedy, the gate really met": confirmed}
+            for name, answer_of in answers.items():
+                drift = opened.problem.confirm(answer_of)
+                rows.append(
+                    (
+                        name,
+                        f"{len(answer_of)} of {found.num_free}",
+                        f"{drift:.3g}",
+                        "",
+                        str(evaluations),
+                        f"{seconds:.1f}",
+                        "",
+                    )
+                )
     print(
         f"{arguments.model.name}: {found.gate}; met: {found.met}; every kept node shown to be needed: {answer.is_minimal}\n"
     )
@@ -203,17 +211,27 @@ def _opened(arguments: argparse.Namespace, limit: float) -> Iterator[OpenedSearc
         yield opened
 
 
-def greedy(opened: OpenedSearch) -> tuple[frozenset[str], int]:
-    """From everything in FP32, put nodes into half, the least harmful single one first, for as long as the gate holds; skip and go on."""
+def greedy(opened: OpenedSearch) -> tuple[frozenset[str], frozenset[str], int]:
+    """From everything in FP32, put nodes into half, the least harmful single one first, for as long as the gate holds; skip and go on.
+
+    Returns:
+        What is kept so that the switchable emulation, which both searches use, meets the gate; what is kept so that the really
+        rewritten model does too, which ours must (the last nodes that went half are taken back until it does); and the evaluations.
+    """
     problem = opened.problem
     everything = frozenset(problem.units)
     harm = {unit: problem.evaluate(everything - {unit}, until="lost").drift for unit in problem.units}
-    kept, evaluations = everything, len(harm)
+    kept, evaluations, let_go = everything, len(harm), []
     for unit in sorted(problem.units, key=lambda unit: (np.nan_to_num(harm[unit], posinf=1e30), unit)):
         evaluations += 1
         if problem.evaluate(kept - {unit}).passes:
             kept = kept - {unit}
-    return kept, evaluations
+            let_go.append(unit)
+    confirmed = kept
+    while problem.confirm(confirmed) > problem.limit:
+        evaluations += 1
+        confirmed |= {let_go.pop()}
+    return kept, confirmed, evaluations
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:
