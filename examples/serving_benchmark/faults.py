@@ -33,14 +33,19 @@ from typing import Any
 import numpy as np
 import psutil
 from fuzzing import fuzz_grpc, fuzz_rest, mutated_requests
-from load import free_port, pin, running
+from load import cpu_seconds, free_port, pin, running
 from models import make_run
+from standstill import Standstills
 
 from mpdeploy.serve.protocol import encode_request
 
 WIDTH = 256
-LATE_S = 1.0
-"""Beyond its deadline, an answer may take this long to be read here: this process is as busy as the server."""
+SILENT_S = 1.0
+"""Under load the server may not be silent for so long on all connections together. Time in which a core stood still is taken off."""
+
+MAX_REFUSAL = 0.2
+"""Of the processor time that an answer costs: to refuse must be far cheaper than to compute. By the wall clock it would be a matter of
+what else the machine does."""
 
 
 @dataclass
@@ -51,10 +56,23 @@ class Tally:
     swapped: int = 0
     lost: int = 0
     refused: int = 0
-    times_s: list[float] = field(default_factory=list)
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    """When each 200 was asked for, and read, by `time.monotonic()`."""
+    last: float | None = None
+    silence: tuple[float, float] = (0.0, 0.0)
+    """The longest time without an answer on any connection."""
+
+    def answered(self, status: int, begin: float) -> None:
+        now = time.monotonic()
+        self.statuses[status] += 1
+        if self.last is not None and now - self.last > self.silence[1] - self.silence[0]:
+            self.silence = (self.last, now)
+        self.last = now
+        if status == 200:
+            self.spans.append((begin, now))
 
     def to_json(self) -> dict[str, Any]:
-        times = sorted(self.times_s)
+        times = sorted(end - begin for begin, end in self.spans)
         at = lambda share: round(1e3 * times[int((len(times) - 1) * share)], 2) if times else None  # noqa: E731
         return {
             "answers_by_status": dict(sorted(self.statuses.items())), "swapped_or_wrong": self.swapped,
@@ -86,9 +104,8 @@ class Client:
             self.tally.lost += 1
             self.close()
             return None
-        self.tally.statuses[status] += 1
+        self.tally.answered(status, begin)
         if status == 200:
-            self.tally.times_s.append(time.monotonic() - begin)
             raw = np.frombuffer(content[length:], np.float32)
             good = len(raw) == x.size + len(x) and np.array_equal(raw[: x.size], (x + x).ravel())
             good = good and np.allclose(raw[x.size :], x.sum(axis=1), rtol=1e-3, atol=1e-3)
@@ -162,15 +179,17 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
     """Ten times as many requests as the server can compute, sent by the clock, whatever becomes of them."""
     deadline_s = 1.0
     options = ("--max-queue", 64, "--deadline-s", deadline_s)
-    with serving(folder, "heavy", *options, batches=(1, 2, 4)) as (process, port, _):
+    cores = os.sched_getaffinity(0)
+    with serving(folder, "heavy", *options, batches=(1, 2, 4)) as (process, port, _), Standstills(cores) as stood:
         alone = Tally()
         clients = [Client(port, alone, seed, "heavy") for seed in range(8)]
         end = time.monotonic() + min(5.0, arguments.seconds / 3)
-        begin = time.monotonic()
+        begin, spent = time.monotonic(), cpu_seconds(process.pid)
         await asyncio.gather(*(until(end, client.ask) for client in clients))
         capacity = alone.statuses[200] / (time.monotonic() - begin)
+        cost_alone = (cpu_seconds(process.pid) - spent) / alone.statuses[200]
         rate = 10 * capacity
-        tally, late = Tally(), 0
+        tally, late, resent = Tally(), 0, segments_resent()
         idle = deque(Client(port, tally, 1000 + seed, "heavy") for seed in range(400))
         for client in idle:
             await client.connect()
@@ -182,7 +201,7 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
             await client.ask()
             idle.append(client)
 
-        begin, sent = time.monotonic(), 0
+        begin, sent, spent = time.monotonic(), 0, cpu_seconds(process.pid)
         while (now := time.monotonic() - begin) < arguments.seconds:
             while sent + late < now * rate:
                 if not idle:
@@ -195,20 +214,35 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
                 sent += 1
             await asyncio.sleep(0.002)
         await asyncio.gather(*pending)
+        refusal = (cpu_seconds(process.pid) - spent - cost_alone * tally.statuses[200]) / max(1, tally.statuses[503])
         watching.cancel()
         after = Tally()
         await Client(port, after, 1, "heavy").ask()
-        over = sum(seconds > deadline_s + LATE_S for seconds in tally.times_s)
+        silence_s = tally.silence[1] - tally.silence[0] - stood.seconds_within(*tally.silence)
         slow = answered_after(port, deadline_s)
         answered = sum(tally.statuses.values())
         return {
             "capacity_per_s": round(capacity, 1), "offered_per_s": round((sent + late) / arguments.seconds, 1),
-            "sent": sent, "not_sent_for_want_of_a_connection": late, **tally.to_json(), "answered_200_after_deadline": {"by_the_server": slow, "as_seen_here": over},
+            "sent": sent, "not_sent_for_want_of_a_connection": late, **tally.to_json(),
+            # of what is late here alone, the machine's TCP knows more than the server: `overload` in the README
+            "answered_200_after_deadline": {"by_the_server": slow, "as_seen_here": sum(end - begin > deadline_s for begin, end in tally.spans)},
+            "longest_silence_s": round(silence_s, 3), "tcp_segments_sent_again": None if resent is None else (segments_resent() or 0) - resent,
+            "a_core_stood_still_s": round(stood.seconds_within(begin, time.monotonic()), 2),
+            "server_cpu_ms": {"an_answer": round(1e3 * cost_alone, 3), "a_refusal": round(1e3 * refusal, 3)},
             "rss_mib": memory.seen_mib, "rss_growth_mib": memory.growth_mib(),
-            "ok": sent == answered and not tally.swapped and not tally.lost and not over and not slow and tally.statuses[503] > 0
+            "ok": sent == answered and not tally.swapped and not tally.lost and not slow and silence_s < SILENT_S and tally.statuses[503] > 0
             and set(tally.statuses) <= {200, 503, 504} and after.statuses[200] == 1 and memory.growth_mib() < 20
-            and tally.statuses[200] > 0.5 * capacity * arguments.seconds,
+            and refusal < MAX_REFUSAL * cost_alone,
         }  # fmt: skip
+
+
+def segments_resent() -> int | None:
+    """TCP segments that this machine has sent again, since it started; None where it does not say."""
+    try:
+        rows = [line.split() for line in Path("/proc/net/snmp").read_text().splitlines() if line.startswith("Tcp:")]
+        return int(dict(zip(*rows, strict=True))["RetransSegs"])
+    except (OSError, KeyError, ValueError, TypeError):
+        return None
 
 
 def answered_after(port: int, seconds: float) -> int:
@@ -301,7 +335,7 @@ async def soak(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
         watching.cancel()
         growth, answered = memory.growth_mib(), tally.statuses[200]
-        tally.times_s = tally.times_s[-100_000:]
+        del tally.spans[:-100_000]
         return {
             "minutes": arguments.minutes, "requests": answered, **tally.to_json(), "rss_mib": memory.seen_mib,
             "rss_growth_mib": growth,

@@ -173,6 +173,10 @@ def test_connections_that_keep_the_loop_busy_do_not_keep_it_from_computing(sums,
         async with managed(sums, inline_ms=LONG_MS) as manager:
             for rows in (1, 32):
                 await ask(manager, x(rows, rows=rows))
+            while not manager.versions()[
+                0
+            ].batcher._idle:  # its thread would find what is queued below, and leave it to the loop once more
+                await asyncio.sleep(0.001)
             instance = manager.versions()[0]._instances[0]
             infer = instance._runner.infer
 
