@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from mpdeploy.errors import MissingExtraError
-from mpdeploy.serve.direct import Direct, Door
+from mpdeploy.serve.direct import Direct, Door, SeenHead
 from mpdeploy.serve.options import ServerOptions
 
 BODY_BYTES_A_SECOND = 64 * 1024
@@ -47,6 +47,10 @@ def connection_class() -> type[asyncio.Protocol]:
             self.body_bytes = 0
             self.chunk_bytes = 0
             self.in_head = True
+            self.between = (
+                True  # whether the parser has read whole requests only, the last of them (if any) on the short way
+            )
+            self.seen: SeenHead | None = None
             self.idle_since: float | None = None
             self.reading_since: float | None = time.monotonic()
             self.blocked_since: float | None = None
@@ -61,12 +65,23 @@ def connection_class() -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
+            seen, between = self.seen, self.between
+            if seen is not None and between and len(data) == seen.length and data.startswith(seen.head):
+                assert self.door is not None
+                direct = self.door.enter_again(self, seen)
+                if direct is not None:
+                    self.idle_since = None
+                    self.cycle = direct
+                    direct.submit(data[seen.split :])
+                    return
             self.chunk_bytes = len(data)
             if self.in_head:
                 self.head_bytes += self.chunk_bytes
                 if self.reading_since is None:
                     self.reading_since = time.monotonic()
             super().data_received(data)
+            if between and self.between and type(self.cycle) is Direct:
+                self.seen = SeenHead.of(data, self.cycle)
             if self.in_head and self.head_bytes > self.limits.max_header_bytes and not self.lost:
                 self.refuse(431, b"the request's head is too large")
 
@@ -74,7 +89,7 @@ def connection_class() -> type[asyncio.Protocol]:
             self.url = b""
             self.headers: list[tuple[bytes, bytes]] = []
             self.expect_100_continue = False
-            self.in_head = True
+            self.in_head, self.between = True, False
             self.body_bytes = 0
             self.idle_since = None
             self.reading_since = time.monotonic()
@@ -110,6 +125,7 @@ def connection_class() -> type[asyncio.Protocol]:
             self.in_head = True
             self.reading_since = None
             if type(self.cycle) is Direct:
+                self.between = True
                 if not self.lost:
                     self.cycle.complete()
             else:

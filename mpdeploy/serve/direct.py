@@ -3,6 +3,8 @@
 At a few ten thousand requests a second on a core, ASGI's machinery costs more than the protocol and the batching together. The door
 opens for the common case alone: POST to a loaded model, HTTP/1.1 kept alive, a body of a known and moderate length, nothing in
 progress on the connection. Whatever is out of the ordinary, each kind of refusal included, takes uvicorn's and ASGI's way (`app.py`).
+
+Clients send the very same head again and again: on a connection where it came last, it is not parsed again.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ log = logging.getLogger("mpdeploy.serve")
 DIRECT_BYTES = 2**20
 """A larger body takes ASGI's way, where reading is paused while it waits."""
 MAX_ROUTES = 256
+MAX_SEEN = 2048
+"""Bytes of the longest head that a connection keeps."""
 _ELSEWHERE = frozenset({b"content-encoding", b"transfer-encoding", b"upgrade", b"expect"})
 """Headers that a request on the short way must not have."""
 
@@ -77,6 +81,16 @@ class Door:
         app.inflight_bytes += size
         return Direct(app, connection, route, size, json_length, timeout)
 
+    def enter_again(self, connection: Any, seen: SeenHead) -> Direct | None:
+        """The request whose head is the one that was read last, under all conditions that may have changed since."""
+        app = self.app
+        if app.manager.stopping or not connection.cycle.response_complete or connection.flow.write_paused:
+            return None
+        if app.inflight_bytes + seen.size > app.options.max_inflight_bytes or not app.manager.serves(*seen.route):
+            return None
+        app.inflight_bytes += seen.size
+        return Direct(app, connection, seen.route, seen.size, seen.json_length, seen.timeout)
+
     def _route(self, url: bytes) -> tuple[str, str | None] | None:
         """Model and version of a path that asks for inference and needs no unquoting."""
         parts = url.split(b"/")
@@ -93,12 +107,35 @@ class Door:
         return route
 
 
+class SeenHead:
+    """A request's head that was read, and let in, when it and its body came in one piece. To read the same bytes again says the same."""
+
+    __slots__ = ("head", "json_length", "length", "route", "size", "split", "timeout")
+
+    def __init__(self, head: bytes, direct: Direct) -> None:
+        self.head = head
+        self.split = len(head)
+        self.size = direct.size
+        self.length = self.split + self.size
+        self.route = direct.route
+        self.json_length = direct.json_length
+        self.timeout = direct.timeout
+
+    @classmethod
+    def of(cls, data: bytes, direct: Direct) -> SeenHead | None:
+        """Of what was read between two requests and gave `direct`; None where it is not one whole request."""
+        end = data.find(b"\r\n\r\n") + 4
+        if len(data) - end != direct.size or end > MAX_SEEN:
+            return None
+        return cls(data[:end], direct)
+
+
 class Direct:
     """A request on the short way. To uvicorn it is the cycle in progress, to the batcher the future that gets the outputs."""
 
     __slots__ = (
         "app", "begin", "binary", "connection", "disconnected", "held", "json_length", "keep_alive", "parts", "request",
-        "response_complete", "response_started", "route", "submitted", "timeout", "version",
+        "response_complete", "response_started", "route", "size", "submitted", "timeout", "version",
     )  # fmt: skip
     message_event = _NoEvent()
 
@@ -114,7 +151,7 @@ class Direct:
         self.app = app
         self.connection = connection
         self.route = route
-        self.held = size
+        self.size = self.held = size
         self.json_length = json_length
         self.timeout = timeout
         self.parts: list[bytes] = []
@@ -128,11 +165,14 @@ class Direct:
     # -- what the connection calls -------------------------------------------------------------------------------------
 
     def complete(self) -> None:
-        """The body is there: queue the request."""
+        """All parts of the body are there: queue the request."""
+        parts, self.parts = self.parts, []
+        self.submit(parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def submit(self, body: bytes) -> None:
+        """Queue the request."""
         self.submitted = True
         name, version = self.route
-        parts, self.parts = self.parts, []
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
         try:
             self.request, self.binary = decode_request(
                 body, self.json_length, name, version, timeout_ms=self.timeout, cancelled=self.connection.is_lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import signal
 import socket
 import time
@@ -12,12 +13,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from served import checksum_model, decode_answer, infer, make_run, mlp_model, serving
 
 from mpdeploy.serve import direct, protocol
 from mpdeploy.serve.connection import READ_TIMEOUT_S, connection_class
 from mpdeploy.serve.dtypes import array_from_raw
-from mpdeploy.serve.messages import BadRequestError
+from mpdeploy.serve.messages import BadRequestError, InferResponse
 from mpdeploy.serve.options import ServerOptions
 from mpdeploy.serve.protocol import decode_request, encode_request
 from mpdeploy.serve.server import _start_grpc
@@ -336,3 +339,219 @@ def test_the_common_case_takes_the_short_way(url):
 )
 def test_everything_else_takes_the_long_way(other):
     assert at_the_door(**other) == ([False, False], 0)
+
+
+# -- heads that a connection has read before ---------------------------------------------------------------------------
+
+HEADS = (
+    b"POST /v2/models/m/infer HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n",
+    b"POST /v2/models/m/infer HTTP/1.1\r\nContent-Length: %d\r\nx-request-timeout-ms: 60000\r\n\r\n",
+    b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: %d\r\nconnection: close\r\n\r\n",
+    b"POST /v2/models/gone/infer HTTP/1.1\r\ncontent-length: %d\r\n\r\n",
+    b"\r\nPOST /v2/models/m/infer HTTP/1.1\r\ncontent-length: %d\r\n\r\n",
+    b"POST /v2/models/m/versions/2/infer HTTP/1.1\r\ncontent-length: %d\r\n\r\n",
+)
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+BODIES = [b'{"inputs":[{"name":"x","datatype":"INT32","shape":[1],"data":[%d]}]}' % number for number in (1, 2, 33)]
+
+
+class Wire:
+    """A connection on a transport that keeps what is written; the model answers twice its input when it is told to."""
+
+    def __init__(self, *, remember: bool, now: bool) -> None:
+        from uvicorn import Config
+        from uvicorn.server import ServerState
+
+        manager = SimpleNamespace(
+            stopping=False,
+            serves=lambda name, number: name == "m",
+            version=lambda name, number: SimpleNamespace(
+                submit=self.submit,
+                response=lambda request, outputs: InferResponse(name, number or "1", request.id, outputs),
+            ),
+        )
+        options = ServerOptions(run=Path("run"))
+        app = SimpleNamespace(
+            manager=manager, options=options, inflight_bytes=0, tracer=None, access_log=None,
+            authorised=lambda headers: True,
+            error=lambda error: SimpleNamespace(status=error.status, headers=(), body=b"refused", close=False),
+        )  # fmt: skip
+        self.app, self.now, self.waiting, self.parsed = app, now, [], 0
+        kind = type("Connection", (connection_class(),), {"limits": options, "door": direct.Door(app)})  # type: ignore[arg-type]
+        self.connection = kind(
+            config=Config(self.long_way, interface="asgi3", proxy_headers=False, log_config=None),
+            server_state=ServerState(),
+            app_state={},
+        )
+        self.written = b""
+        self.closed = False
+        self.connection.connection_made(
+            SimpleNamespace(
+                write=self.write, close=self.close, is_closing=lambda: self.closed, resume_reading=lambda: None,
+                pause_reading=lambda: None, get_extra_info=lambda name, default=None: default,
+            )
+        )  # fmt: skip
+        feed = self.connection.parser
+        self.connection.parser = SimpleNamespace(
+            feed_data=self.feed, get_method=feed.get_method, get_http_version=feed.get_http_version,
+            should_keep_alive=feed.should_keep_alive, should_upgrade=feed.should_upgrade,
+        )  # fmt: skip
+        self._feed, self.remember = feed.feed_data, remember
+
+    async def long_way(self, scope, receive, send):
+        size = 0
+        while "gone" not in scope["path"]:  # whose answer does not wait for the body
+            message = await receive()
+            size += len(message.get("body", b""))
+            if not message.get("more_body"):
+                break
+        body = f"{scope['path']} {size}".encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+        await send({"type": "http.response.body", "body": body})
+
+    def submit(self, request, reply) -> None:
+        self.waiting.append((reply, {"y": request.inputs["x"] * 2}))
+        if self.now:
+            self.answer()
+
+    def answer(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        for reply, outputs in waiting:
+            reply.set_result(outputs)
+
+    def feed(self, data: bytes) -> None:
+        self.parsed += 1
+        self._feed(data)
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def receive(self, chunk: bytes) -> None:
+        if not self.closed:
+            self.connection.data_received(chunk)
+            if not self.remember:
+                self.connection.seen = None
+        for _ in range(8):
+            await asyncio.sleep(0)
+
+    def sum_up(self):
+        return self.written, self.closed, self.app.inflight_bytes, len(self.waiting), self.connection.idle_since is None
+
+
+INNER = HEADS[0] % len(BODIES[0]) + BODIES[0]
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (
+            INNER,
+            HEADS[3] % (2 * len(INNER)),
+            INNER,
+            INNER,
+            INNER,
+        ),  # a body that looks like requests, answered before it comes
+        (INNER, b"POST /v2/models/m/infer HTTP/1.1\r\nx: ", INNER, INNER),  # a head within a header
+        (
+            b"POST /v2/models/m/infer HTTP/1.1\r\nx: ",
+            INNER.replace(b"/m/", b"/other/"),
+            INNER.replace(b"/m/", b"/other/"),
+        ),
+        (HEADS[5] % len(BODIES[0]) + BODIES[0] + INNER, HEADS[5] % len(BODIES[0]) + BODIES[0]),
+    ],
+    ids=["body", "header", "other", "two"],
+)
+def test_what_looks_like_a_head_that_was_seen_is_no_request_where_none_begins(chunks):
+    assert asyncio.run(hear(chunks, now=True, remember=True)) == asyncio.run(hear(chunks, now=True, remember=False))
+
+
+async def hear(chunks, *, now: bool, remember: bool):
+    """What a connection has written and holds after each chunk; None: what waits is answered."""
+    wire, found = Wire(remember=remember, now=now), []
+    for chunk in chunks:
+        if chunk is None:
+            wire.answer()
+        else:
+            await wire.receive(chunk)
+        found.append(wire.sum_up())
+    return found
+
+
+@st.composite
+def conversations(draw):
+    """Chunks as they may be read from one connection, and where what waits is answered (None)."""
+    chunks: list[bytes | None] = [INNER] * draw(st.integers(0, 1))
+    for _ in range(draw(st.integers(1, 7))):
+        body = draw(st.sampled_from(BODIES))
+        message = draw(st.sampled_from([HEADS[0]] * 8 + [*HEADS, HEADS[1]])) % len(body) + body
+        if draw(st.integers(0, 9)) == 0:
+            message = LIVE
+        cuts = sorted(draw(st.lists(st.integers(1, len(message) - 1), max_size=2))) if draw(st.booleans()) else []
+        pieces = [message[a:b] for a, b in itertools.pairwise([0, *cuts, len(message)]) if a < b]
+        if chunks and chunks[-1] is not None and draw(st.integers(0, 4)) == 0:
+            chunks[-1] += pieces.pop(0)
+        chunks += pieces
+        if draw(st.integers(0, 3)):
+            chunks.append(None)
+    return chunks
+
+
+@given(conversations(), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_whether_a_head_was_seen_before_cannot_be_told_from_the_answers(chunks, now):
+    assert asyncio.run(hear(chunks, now=now, remember=True)) == asyncio.run(hear(chunks, now=now, remember=False))
+
+
+def test_a_head_that_was_seen_is_not_parsed_again_and_its_body_is_its_own():
+    async def main():
+        wire, parsed = Wire(remember=True, now=True), []
+        for body in (BODIES[0], BODIES[1], BODIES[2], BODIES[1], BODIES[0]):  # BODIES[2] is one byte longer
+            await wire.receive(HEADS[0] % len(body) + body)
+            parsed.append(wire.parsed)
+        return parsed, wire.written
+
+    parsed, written = asyncio.run(main())
+    assert parsed == [1, 1, 2, 3, 3]
+    assert [int(part[: part.index(b"]")]) for part in written.split(b'"data":[')[1:]] == [2, 4, 66, 4, 2]
+
+
+@pytest.mark.parametrize("what", ["stopping", "gone", "full", "unread"])
+def test_what_has_changed_since_a_head_was_seen_counts(what):
+    async def main():
+        wire = Wire(remember=True, now=True)
+        message = HEADS[0] % len(BODIES[0]) + BODIES[0]
+        await wire.receive(message)
+        if what == "stopping":
+            wire.app.manager.stopping = True
+        elif what == "gone":
+            wire.app.manager.serves = lambda name, number: False
+        elif what == "full":
+            wire.app.inflight_bytes = wire.app.options.max_inflight_bytes
+        else:
+            wire.connection.pause_writing()
+        await wire.receive(message)
+        written = wire.written
+        wire.connection.resume_writing()
+        return wire.parsed, written
+
+    parsed, written = asyncio.run(main())
+    assert parsed == 2
+    assert (b"/v2/models/m/infer %d" % len(BODIES[0]) in written) == (what != "unread"), (
+        "the long way answers, when it is read"
+    )
+
+
+def test_a_head_of_any_length_is_not_kept():
+    body = BODIES[0]
+    head = b"POST /v2/models/m/infer HTTP/1.1\r\ncontent-length: %d\r\nx: %s\r\n\r\n"
+
+    async def parsed(size: int) -> int:
+        wire = Wire(remember=True, now=True)
+        for _ in range(2):
+            await wire.receive(head % (len(body), b"x" * size) + body)
+        return wire.parsed
+
+    assert [asyncio.run(parsed(size)) for size in (100, direct.MAX_SEEN)] == [1, 2]

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import decode_answer
 
+from mpdeploy.serve import protocol
+from mpdeploy.serve.dtypes import BF16
 from mpdeploy.serve.messages import BadRequestError, InferResponse
 from mpdeploy.serve.protocol import decode_request, encode_request, encode_response
 
@@ -65,6 +67,49 @@ def test_outputs_of_both_kinds_go_into_one_answer():
     np.testing.assert_array_equal(answer["a"], X)
     np.testing.assert_array_equal(answer["b"], X + 1)
     assert json.loads(body[:head])["id"] == "i"
+
+
+ANSWERS = [
+    InferResponse(model, version, "", outputs)
+    for model, version in (("m", "1"), ("m", "2"), ("n", "1"))
+    for outputs in (
+        {"y": X},
+        {"y": X + 1},
+        {"z": X},
+        {"y": X, "z": X},
+        {"y": X.astype(np.float16)},
+        {"y": X.astype(BF16)},
+        {"y": X[:1]},
+        {"y": X.T},
+        {"y": np.float32(3).reshape(())},
+        {"y": np.zeros((0, 4), np.float32)},
+        {"y": np.array([b"a", b""], object)},
+        {"y": np.array([b"abcd", b"e"], object)},
+        {"y": X > 0},
+    )
+] + [InferResponse("m", "1", "an id", {"y": X}), InferResponse("m", "1", "", {"y": X}, {"a": 1})]
+
+
+def test_the_json_part_of_an_answer_that_was_made_before_says_what_it_would_say_anew(monkeypatch):
+    request, binary = decoded({"inputs": [tensor()], "parameters": {"binary_data_output": True}})
+
+    def anew(response):
+        monkeypatch.setattr(protocol, "_HEADS", {})
+        return encode_response(response, request, binary)
+
+    expected = [anew(response) for response in ANSWERS]
+    monkeypatch.setattr(protocol, "_HEADS", {})
+    for _ in range(2):
+        assert [encode_response(response, request, binary) for response in ANSWERS] == expected
+    assert len(protocol._HEADS) == 3 * 10, "none of text, of an id, or of parameters; values make no difference"
+
+
+def test_answers_of_ever_new_shapes_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(protocol, "_HEADS", {})
+    request, binary = decoded({"inputs": [tensor()], "parameters": {"binary_data_output": True}})
+    for rows in range(protocol.MAX_KNOWN_HEADS + 10):
+        encode_response(InferResponse("m", "1", "", {"y": np.zeros(rows, np.int8)}), request, binary)
+    assert 0 < len(protocol._HEADS) <= protocol.MAX_KNOWN_HEADS
 
 
 @pytest.mark.parametrize(
