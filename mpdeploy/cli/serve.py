@@ -144,7 +144,8 @@ def serve(
         log_format=("text" if sys.stderr.isatty() else "json") if log_format == "auto" else log_format,
         otlp_endpoint=otlp,
     )
-    raise typer.Exit(_serve(options, server, emit if as_json else _tell))
+    tell = _log if options.log_format == "json" and server == "own" else _tell
+    raise typer.Exit(_serve(options, server, emit if as_json else tell))
 
 
 def _serve(options: Any, server: str, on_ready: Any) -> int:
@@ -195,6 +196,14 @@ def _tell(document: dict[str, Any]) -> None:
     if document["grpc"]:
         out.print(f"gRPC on {document['grpc']}")
     out.print(f"[dim]{plain(document['url'])}/ shows it in a browser; Ctrl-C stops it[/]")
+
+
+def _log(document: dict[str, Any]) -> None:
+    """Where it listens, as a line of the log, which says the rest already: what reads it must find nothing but JSON there."""
+    import logging
+
+    grpc = f", gRPC on {document['grpc']}" if document["grpc"] else ""
+    logging.getLogger("mpdeploy.serve").info("listening: %s/v2/models/%s%s", document["url"], document["model"], grpc)
 
 
 def register(app: typer.Typer) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mpdeploy.environment import package_version
 from mpdeploy.errors import MissingExtraError
 
+log = logging.getLogger("mpdeploy.serve")
+
+CLOSE_S = 3.0
+"""A collector that takes no spans holds up the end of the server for so long; OpenTelemetry would wait for 30 s, and so do most who then kill."""
+
 
 class Tracer:
-    """Sends spans over OTLP/HTTP, in batches, from a thread of its own.
+    """Sends spans over OTLP/HTTP, in batches, from a thread of its own. Those that its queue of 2,048 does not hold are lost.
 
     Args:
         endpoint: like `http://collector:4318/v1/traces`.
@@ -38,7 +45,7 @@ class Tracer:
         resource = Resource.create(
             {"service.name": "mpdeploy", "service.version": package_version("mpdeploy") or "unknown"}
         )
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("mpdeploy.serve")
         self._propagator = TraceContextTextMapPropagator()
@@ -59,5 +66,9 @@ class Tracer:
             yield span
 
     def close(self) -> None:
-        """Send what waits."""
-        self._provider.shutdown()
+        """Send what waits, as far as the collector takes it within `CLOSE_S`."""
+        closing = threading.Thread(target=self._provider.shutdown, name="close-traces", daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        if closing.is_alive():
+            log.warning("the collector of traces took none for %g s: the last are lost", CLOSE_S)

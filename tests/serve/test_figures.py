@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
 import logging
+import signal
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
+import numpy as np
 import pytest
+from served import infer, make_run, mlp_model, serving
 
 from mpdeploy.errors import UsageError
 from mpdeploy.serve.logs import AccessLog, JsonFormatter
@@ -122,6 +131,26 @@ def test_a_log_record_is_one_line_of_json():
     assert json.loads(line)["level"] == "error"
 
 
+def test_a_log_of_json_is_nothing_but_json_from_start_to_end(tmp_path):
+    """Without --json, and no terminal: what collects a container's log sees all of this."""
+    run = make_run(tmp_path / "run", mlp_model((16, 4)), name="small")
+    with subprocess.Popen(
+        [sys.executable, "-m", "mpdeploy", "serve", str(run), "--port", "0"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as server:  # fmt: skip
+        assert server.stdout is not None
+        lines = []
+        while "listening: http://127.0.0.1:" not in (line := server.stdout.readline()):
+            assert line, lines
+            lines.append(line)
+        server.send_signal(signal.SIGTERM)
+        lines += [line, *server.stdout]
+    assert server.returncode == 0
+    messages = [json.loads(line)["message"] for line in lines]
+    assert messages[0].startswith("small 1 serves")
+    assert messages[-1].startswith("ended")
+
+
 def test_the_access_log_loses_lines_rather_than_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("mpdeploy.serve.logs.MAX_WAITING", 3)
     log = AccessLog(str(tmp_path / "log"))
@@ -149,6 +178,73 @@ def test_a_span_is_a_child_of_the_client_s():
     assert format(span.context.trace_id, "032x") == trace
     assert format(span.parent.span_id, "016x") == parent
     assert span.attributes["mpdeploy.model"] == "m"
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes spans, or never answers."""
+
+    hangs = False
+    bodies: ClassVar[list[bytes]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.bodies.append(gzip.decompress(body) if self.headers["content-encoding"] == "gzip" else body)
+        if self.hangs:
+            time.sleep(60)
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *values: object) -> None:
+        """Nothing."""
+
+
+@contextlib.contextmanager
+def collecting(*, hangs: bool):
+    handler = type("Handler", (Collector,), {"hangs": hangs, "bodies": []})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as collector:
+        collector.daemon_threads, collector.block_on_close = True, False
+        threading.Thread(target=collector.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{collector.server_port}/v1/traces", handler.bodies
+        collector.shutdown()
+
+
+def test_every_request_has_its_span_at_the_collector(tmp_path):
+    messages = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    run = make_run(tmp_path / "run", mlp_model((16, 4)), name="small")
+    with collecting(hangs=False) as (url, bodies):
+        with serving(run, "--otlp-endpoint", url) as served, contextlib.closing(served.connect()) as connection:
+            for index in range(200):
+                shape = (1, 16 if index % 10 else 5)
+                infer(connection, served.path, {"x": np.zeros(shape, np.float32)})
+        spans = []
+        for body in bodies:
+            sent = messages.ExportTraceServiceRequest.FromString(body)
+            spans += [
+                span for resource in sent.resource_spans for scope in resource.scope_spans for span in scope.spans
+            ]
+    assert {span.name for span in spans} == {"infer small"}
+    assert [len(spans), sum(span.status.code == 2 for span in spans)] == [200, 20], "those with an error say so"
+
+
+@pytest.mark.parametrize("kind", ["hangs", "gone"])
+def test_a_collector_that_takes_nothing_holds_up_neither_requests_nor_the_end(tmp_path, kind):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    run = make_run(tmp_path / "run", mlp_model((16, 4)), name="small")
+    with collecting(hangs=True) as (url, _):
+        if kind == "gone":
+            url = "http://127.0.0.1:9/v1/traces"
+        with serving(run, "--otlp-endpoint", url, "--drain-s", 0) as served:
+            with contextlib.closing(served.connect()) as connection:
+                for _ in range(50):
+                    assert infer(connection, served.path, {"x": np.zeros((1, 16), np.float32)})[0] == 200
+            time.sleep(6)  # the exporter sends every five seconds
+            begin = time.monotonic()
+            served.process.send_signal(signal.SIGTERM)
+            assert served.process.wait(40) == 0
+            assert time.monotonic() - begin < 15  # OpenTelemetry alone: 30 seconds
+            for line in served.log.read_text().splitlines():
+                json.loads(line)
 
 
 @pytest.mark.parametrize(
