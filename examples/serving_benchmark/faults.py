@@ -40,6 +40,7 @@ from standstill import Standstills
 from mpdeploy.serve.protocol import encode_request
 
 WIDTH = 256
+GAP_S = 0.05
 SILENT_S = 1.0
 """Under load the server may not be silent for so long on all connections together. Time in which a core stood still is taken off."""
 
@@ -59,14 +60,14 @@ class Tally:
     spans: list[tuple[float, float]] = field(default_factory=list)
     """When each 200 was asked for, and read, by `time.monotonic()`."""
     last: float | None = None
-    silence: tuple[float, float] = (0.0, 0.0)
-    """The longest time without an answer on any connection."""
+    gaps: list[tuple[float, float]] = field(default_factory=list)
+    """The longest times without an answer on any connection, since `last` was set."""
 
     def answered(self, status: int, begin: float) -> None:
         now = time.monotonic()
         self.statuses[status] += 1
-        if self.last is not None and now - self.last > self.silence[1] - self.silence[0]:
-            self.silence = (self.last, now)
+        if self.last is not None and now - self.last > GAP_S:
+            self.gaps.append((self.last, now))
         self.last = now
         if status == 200:
             self.spans.append((begin, now))
@@ -186,7 +187,8 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
         end = time.monotonic() + min(5.0, arguments.seconds / 3)
         begin, spent = time.monotonic(), cpu_seconds(process.pid)
         await asyncio.gather(*(until(end, client.ask) for client in clients))
-        capacity = alone.statuses[200] / (time.monotonic() - begin)
+        now = time.monotonic()
+        capacity = alone.statuses[200] / (now - begin - stood.seconds_within(begin, now))
         cost_alone = (cpu_seconds(process.pid) - spent) / alone.statuses[200]
         rate = 10 * capacity
         tally, late, resent = Tally(), 0, segments_resent()
@@ -202,6 +204,7 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
             idle.append(client)
 
         begin, sent, spent = time.monotonic(), 0, cpu_seconds(process.pid)
+        tally.last = begin
         while (now := time.monotonic() - begin) < arguments.seconds:
             while sent + late < now * rate:
                 if not idle:
@@ -213,12 +216,14 @@ async def overload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any
                 task.add_done_callback(pending.discard)
                 sent += 1
             await asyncio.sleep(0.002)
-        await asyncio.gather(*pending)
+        if pending:
+            await asyncio.wait(pending, timeout=deadline_s + 20 + stood.seconds_within(begin, time.monotonic()))
+        tally.lost += len(pending)  # without an answer by now
         refusal = (cpu_seconds(process.pid) - spent - cost_alone * tally.statuses[200]) / max(1, tally.statuses[503])
         watching.cancel()
         after = Tally()
         await Client(port, after, 1, "heavy").ask()
-        silence_s = tally.silence[1] - tally.silence[0] - stood.seconds_within(*tally.silence)
+        silence_s = max([end - begin - stood.seconds_within(begin, end) for begin, end in tally.gaps], default=0.0)
         slow = answered_after(port, deadline_s)
         answered = sum(tally.statuses.values())
         return {

@@ -65,8 +65,8 @@ def connection_class() -> type[asyncio.Protocol]:
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            seen, between = self.seen, self.between
-            if seen is not None and between and len(data) == seen.length and data.startswith(seen.head):
+            seen, between, before = self.seen, self.between, self.cycle
+            if seen is not None and len(data) == seen.length and data.startswith(seen.head):
                 assert self.door is not None
                 direct = self.door.enter_again(self, seen)
                 if direct is not None:
@@ -80,7 +80,8 @@ def connection_class() -> type[asyncio.Protocol]:
                 if self.reading_since is None:
                     self.reading_since = time.monotonic()
             super().data_received(data)
-            if between and self.between and type(self.cycle) is Direct:
+            self.seen = None  # it holds for what comes next alone
+            if between and self.cycle is not before and type(self.cycle) is Direct:
                 self.seen = SeenHead.of(data, self.cycle)
             if self.in_head and self.head_bytes > self.limits.max_header_bytes and not self.lost:
                 self.refuse(431, b"the request's head is too large")

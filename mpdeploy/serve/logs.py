@@ -44,7 +44,9 @@ def set_up_logging(log_format: str) -> None:
     """Send what the server says to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
-    for name, level in (("mpdeploy", logging.INFO), ("uvicorn", logging.WARNING), ("opentelemetry", logging.WARNING)):
+    logging.captureWarnings(True)
+    logging.getLogger().handlers[:] = [handler]  # what libraries say, each under a name of its own
+    for name, level in (("mpdeploy", logging.INFO), ("uvicorn", logging.WARNING)):
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.setLevel(level)

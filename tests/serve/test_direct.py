@@ -438,9 +438,18 @@ class Wire:
             await asyncio.sleep(0)
 
     def sum_up(self):
-        return self.written, self.closed, self.app.inflight_bytes, len(self.waiting), self.connection.idle_since is None
+        connection = self.connection
+        clocks = (
+            connection.idle_since is None,
+            connection.reading_since is None,
+            connection.in_head,
+            connection.head_bytes,
+        )
+        return self.written, self.closed, self.app.inflight_bytes, len(self.waiting), clocks
 
 
+BLANK = b"\r\n" * (len(BODIES[0]) // 2 + 2) + b"\r" * (len(BODIES[0]) % 2)
+"""As long as the body and the end of a head. A parser skips it between two requests."""
 INNER = HEADS[0] % len(BODIES[0]) + BODIES[0]
 
 
@@ -461,8 +470,12 @@ INNER = HEADS[0] % len(BODIES[0]) + BODIES[0]
             INNER.replace(b"/m/", b"/other/"),
         ),
         (HEADS[5] % len(BODIES[0]) + BODIES[0] + INNER, HEADS[5] % len(BODIES[0]) + BODIES[0]),
+        (INNER, BLANK, b"\r\n\r\n" + BODIES[0], INNER),
+        (INNER, BLANK, BLANK[: len(BLANK) - len(LIVE)] + LIVE, INNER),
+        (INNER, BLANK, INNER, BLANK + INNER, INNER),
+        (HEADS[0] % 0, b"\r\n\r\n", b"\r\n\r\n"),
     ],
-    ids=["body", "header", "other", "two"],
+    ids=["body", "header", "other", "two", "blank-body", "blank-get", "blank-between", "empty"],
 )
 def test_what_looks_like_a_head_that_was_seen_is_no_request_where_none_begins(chunks):
     assert asyncio.run(hear(chunks, now=True, remember=True)) == asyncio.run(hear(chunks, now=True, remember=False))
@@ -491,6 +504,8 @@ def conversations(draw):
             message = LIVE
         cuts = sorted(draw(st.lists(st.integers(1, len(message) - 1), max_size=2))) if draw(st.booleans()) else []
         pieces = [message[a:b] for a, b in itertools.pairwise([0, *cuts, len(message)]) if a < b]
+        if draw(st.integers(0, 5)) == 0:
+            pieces.insert(0, draw(st.sampled_from([BLANK, b"\r\n\r\n", b"\r\n"])))
         if chunks and chunks[-1] is not None and draw(st.integers(0, 4)) == 0:
             chunks[-1] += pieces.pop(0)
         chunks += pieces
