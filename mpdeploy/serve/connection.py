@@ -39,6 +39,7 @@ def connection_class() -> type[asyncio.Protocol]:
 
         limits: ServerOptions
         door: Door | None = None
+        cycle: Any
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
