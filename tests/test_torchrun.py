@@ -147,3 +147,12 @@ def test_ranks_other_than_0_leave_with_0_when_the_training_is_done_or_failed(fol
     assert "became" in texts[0]
     codes, texts = ended(two_ranks(folder, "tiny.py", "--run", "none", "--set", "data.folder=no/such/folder"))
     assert codes[1] == 0 or codes[0] == codes[1], texts
+
+
+@pytest.mark.parametrize(("code", "expected"), [("None", 0), ("3", 3), ("'why'", 1)])
+def test_a_rank_leaves_with_its_code_after_what_must_happen_at_the_end(code, expected):
+    text = f"import atexit; atexit.register(print, 'at the end'); print('x' * 100_000); from mpdeploy.distributed import leave; leave({code})"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
+    assert done.returncode == expected
+    assert done.stdout == "x" * 100_000 + "\nat the end\n"
+    assert done.stderr == ("why\n" if expected == 1 else "")

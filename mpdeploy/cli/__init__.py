@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import typer
 
+from mpdeploy import distributed
 from mpdeploy.cli import (
     baseline,
     bench,
@@ -58,6 +59,15 @@ for verb in (
 
 def main() -> NoReturn:
     """Run the command line and end the process with a documented exit code (see `mpdeploy.errors`)."""
+    try:
+        _run()
+    except SystemExit as error:
+        if distributed.world_size() > 1:
+            distributed.leave(error.code)
+        raise
+
+
+def _run() -> NoReturn:
     try:
         app(standalone_mode=True)
     except MpdeployError as error:
