@@ -37,7 +37,7 @@ from mpdeploy.searching.plan import (
 from mpdeploy.searching.profile import cost_from
 
 Progress = Callable[[str], None]
-LARGE_BYTES = 256 << 20
+LARGE_BYTES, LARGE_UNITS = 256 << 20, 3000
 """Of weights: beyond, a search is content with fewer evaluations."""
 
 
@@ -163,7 +163,7 @@ def search_model(
         folder: where the log and the best answer so far are kept; the same call goes on from there.
         max_evaluations: passes over all samples, after which the best answer so far is given.
         max_seconds: the same in time.
-        effort: how many evaluations its parts may take; None: `THOROUGH` for models of up to 256 MB of weights, `QUICK` beyond.
+        effort: how many evaluations its parts may take; None: `THOROUGH` for models of up to 256 MB of weights and 3,000 nodes, `QUICK` beyond.
         mixed_half: kept nodes that FP16 cannot hold run in BF16 where the gate is still met so.
         progress: told what is being done.
         on_progress: told the numbers, after every measurement.
@@ -207,6 +207,7 @@ def search_model(
         log = None if folder is None else folder / "search.jsonl"
         if log is not None:
             set_aside(log, opened.problem, seed)  # of another gate, other data: it is kept beside the new one
+        is_large = weight_bytes(loaded) > LARGE_BYTES or len(opened.problem.units) > LARGE_UNITS
         answer = search(
             opened.problem,
             opened.landscape,
@@ -218,7 +219,7 @@ def search_model(
             on_best=keep_best,
             num_samples=opened.model.num_samples,
             charged=1.0,
-            effort=effort or (THOROUGH if weight_bytes(loaded) <= LARGE_BYTES else QUICK),
+            effort=effort or (QUICK if is_large else THOROUGH),
         )
         ranges = ranges_around(prepared, feeds, answer, opened.model.injected, opened.open_model)
         why = explain(prepared.index, half, ranges, answer.kept, answer.hard, answer.proofs, answer.evaluation.drift)

@@ -90,7 +90,6 @@ def open_search(
     )
     priced = cost if isinstance(cost, str) else dict(cost)
     sources = [sha256_of_file(path), feeds.digest, sorted(fixed), sorted(float_io), sorted(never)]
-    digest = digest_of_json([*sources, half.name, gate, priced])
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpdeploy-search-")))
         progress("building the switchable emulation")
@@ -101,6 +100,9 @@ def open_search(
             )
         with ort_engine.OrtRunner(path) as fp32:
             batches = make_batches(feeds, fp32.infer)
+        # of labels the digest sees what they make of the FP32 model's answers
+        scores = None if scorer is None else [scorer(batch.golden, batch.samples).tolist() for batch in batches]
+        digest = digest_of_json([*sources, half.name, gate, priced, scores])
         progress("measuring what each rounding injects")
         open_model = opener(prepared.model, scratch, "injected")
         injected = injected_errors(prepared, batches, half, graph.switches, open_model)

@@ -190,7 +190,7 @@ class _Search:
         ledger = self.ledger
         ledger.start("all half")
         self.all_half = ledger.evaluate(frozenset(), until="lost")
-        if self.all_half.passes:
+        if self.all_half.passes and ledger.confirm(frozenset()):
             self._settle(frozenset(), met=True)
             return
         everything = frozenset(ledger.problem.units)
@@ -215,6 +215,7 @@ class _Search:
             if cheaper == kept:
                 return
             self._settle(cheaper, met=True)
+            self.proofs = []  # they are of another keep-list
             kept = self._proven(cheaper, hard)
 
     def _proven(self, kept: KeepSet, hard: KeepSet) -> KeepSet:
@@ -334,10 +335,13 @@ class _Search:
         all_half = self.all_half or Evaluation(math.inf, False, True, math.inf, 0.0)
         kept, met = self.kept, self.met
         if kept is None or (stopped and not met):
-            if ledger.best is not None:
+            confirmed = min(ledger.confirmed, key=ledger.problem.cost, default=None)
+            if confirmed is not None:
+                kept, met = confirmed, True
+            elif ledger.best is not None:  # not confirmed yet: whoever has the thing itself does that
                 kept, met = ledger.best.kept, True
             else:
-                kept, met = everything, False
+                kept, met = everything, ledger.was_met(everything)
         same = ledger.problem.canonical(kept)
         evaluation = next((found for known, found in history if ledger.problem.canonical(known) == same), None)
         if evaluation is None:  # stopped before anything passed: everything in FP32 is the model itself
@@ -350,7 +354,10 @@ class _Search:
             all_half=all_half,
             hard=tuple(self.hard),
             proofs=tuple(self.proofs),
-            is_minimal=met and not stopped and len(self.proofs) == len(kept) and all(p.needed for p in self.proofs),
+            is_minimal=met
+            and not stopped
+            and len(self.proofs) == len(kept)
+            and all(p.needed and p.is_shown for p in self.proofs),
             energies={} if self.gains is None else self.gains.energies,
             pareto=pareto_front(ledger),
             cost=ledger.problem.cost(kept),

@@ -8,13 +8,14 @@ what it saves. It ends where nothing promises anything, or after some failures i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
 from mpdeploy.precision.search.gains import Gains
 from mpdeploy.precision.search.ledger import Ledger
-from mpdeploy.precision.search.surrogate import Measured, Surrogate
+from mpdeploy.precision.search.surrogate import LARGEST, Measured, Surrogate
 from mpdeploy.precision.search.types import Evaluation, KeepSet
 from mpdeploy.precision.search.walk import Walk
 
@@ -28,6 +29,8 @@ NEAR, NEAR_STARTS = 1.1, 3
 """Proposals are walked to from so many more that were measured too, and had a drift of at most so many times the limit."""
 LEAST_CHANCE = 0.01
 """Of passing, for a measurement to be worth its time."""
+MOST_LEARNT = 256
+"""Measurements that the surrogate begins with, those nearest the gate: a step costs their number times that of the parts."""
 FAILURES = 16
 """Measurements in a row that do not pass, before it ends."""
 
@@ -57,13 +60,25 @@ def exchange(ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_
             failures += 1
         if not _is_whole(found):
             break  # what should only add up has lost an output: the surrogate knows nothing of that
-        surrogate.learn([_measured(ledger, proposal, found)])
+        if _is_near(ledger, found):
+            surrogate.learn([_measured(ledger, proposal, found)])
     return kept
 
 
 def _is_whole(found: Evaluation) -> bool:
     """Whether there is something to learn from it."""
-    return found.share == 1.0 and bool(found.energies) and bool(np.isfinite(found.energies).all())
+    errors = (*found.energies, *found.learnable)
+    return found.share == 1.0 and not found.lost and bool(found.energies) and bool(np.isfinite(errors).all())
+
+
+def _learnable(found: Evaluation) -> float:
+    """Drift of the worst output without the samples that are held out."""
+    return math.sqrt(max(found.learnable, default=found.drift**2))
+
+
+def _is_near(ledger: Ledger, found: Evaluation) -> bool:
+    """Whether the surrogate's energies reach so far: beyond, each counts for less than it is."""
+    return _learnable(found) ** 2 <= LARGEST * ledger.limit**2
 
 
 def _measured(ledger: Ledger, kept: KeepSet, found: Evaluation) -> Measured:
@@ -78,9 +93,12 @@ def _surrogate(ledger: Ledger, gains: Gains) -> Surrogate:
     """With everything that was measured as a whole."""
     assert ledger.landscape is not None
     surrogate = Surrogate(gains.expected / ledger.limit**2, gains.variances)
-    whole = {kept: found for kept, found in ledger.history if _is_whole(found)}
+    whole = {kept: found for kept, found in ledger.history if _is_whole(found) and _is_near(ledger, found)}
     if whole:
-        surrogate.learn([_measured(ledger, kept, found) for kept, found in whole.items()])
+        nearest = sorted(whole, key=lambda kept: (abs(_learnable(whole[kept]) - ledger.limit), sorted(kept)))[
+            :MOST_LEARNT
+        ]
+        surrogate.learn([_measured(ledger, kept, whole[kept]) for kept in whole if kept in set(nearest)])
     return surrogate
 
 
@@ -112,10 +130,11 @@ def _propose(ledger: Ledger, surrogate: Surrogate, kept: KeepSet, hard: KeepSet)
 def _near_misses(ledger: Ledger, price: float, hard: KeepSet) -> list[KeepSet]:
     """Cheaper ones that were measured and failed by little: from there, other valleys are in reach."""
     found = [
-        (measured.drift, sorted(kept))
+        (_learnable(measured), sorted(kept))
         for kept, measured in ledger.history
-        if measured.share == 1.0
-        and ledger.limit < measured.drift <= NEAR * ledger.limit
+        if _is_whole(measured)
+        and measured.drift > ledger.limit
+        and _learnable(measured) <= NEAR * ledger.limit
         and hard <= kept
         and ledger.problem.cost(kept) < price
     ]

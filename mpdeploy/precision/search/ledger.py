@@ -29,7 +29,7 @@ from mpdeploy.precision.search.types import (
     Until,
 )
 
-LOG_VERSION = 2
+LOG_VERSION = 3
 HAIR = 0.03
 """Where the thing itself is above the gate by less than this part of it, that is how sums are ordered: another keep-list may do."""
 STEP = 0.003
@@ -108,9 +108,10 @@ class Ledger:
         self.expected: float | None = None
         self._later = 0.0
         self._fresh = 0.0  # evaluations that were measured, not replayed
-        self.history: list[tuple[KeepSet, Evaluation]] = []
+        self.history: list[tuple[KeepSet, Evaluation]] = []  # as measured, under the gate's own limit
         self._best: Best | None = None
         self._refuted: set[KeepSet] = set()
+        self.confirmed: list[KeepSet] = []
         self._known: dict[str, Any] = {}
         self._item_number = {item: position for position, item in enumerate(landscape.parts.items)} if landscape else {}
         self._max_evaluations = max_evaluations
@@ -163,22 +164,24 @@ class Ledger:
         key = "e" + digest_of_json([same, list(samples or ())])[:24]
         memory = "m" + key
         if memory in self._known:
-            found: Evaluation = self._judged(kept, self._known[memory])
+            raw: Evaluation = self._known[memory]
+            found = self._judged(kept, raw)
             if samples is None and found.passes:
                 self._offer(kept, found)
             return found
         if key in self._known:
             self.replayed += 1
-            found = self._judged(kept, Evaluation.from_json(self._known.pop(key)))
+            raw = Evaluation.from_json(self._known.pop(key))
         else:
             self._check()
-            found = self._judged(kept, self.problem.evaluate(kept, samples, until=until))
-            self._write({"key": key, "phase": self.phase, "num_kept": len(kept), **found.to_json()})
-            self._fresh += found.share
-        self._known[memory] = found
-        self._count(found.share)
+            raw = self.problem.evaluate(kept, samples, until=until)
+            self._write({"key": key, "phase": self.phase, "num_kept": len(kept), **raw.to_json()})
+            self._fresh += raw.share
+        self._known[memory] = raw  # judged whenever it is looked at: the limit that is aimed at changes
+        found = self._judged(kept, raw)
+        self._count(raw.share)
         if samples is None:
-            self.history.append((kept, found))
+            self.history.append((kept, raw))
             if found.passes:
                 self._offer(kept, found)
         self._tell()
@@ -193,6 +196,10 @@ class Ledger:
         """The cheapest keep-list measured on all samples that passes and holds all of `above`."""
         passing = [kept for kept, found in self.history if above <= kept and self._judged(kept, found).passes]
         return min(passing, key=lambda kept: (self.problem.cost(kept), len(kept), sorted(kept)), default=None)
+
+    def was_met(self, kept: KeepSet) -> bool:
+        """Whether it was measured on all samples and passes."""
+        return any(known == kept and self._judged(known, found).passes for known, found in self.history)
 
     def really(self, kept: KeepSet) -> float:
         """What the gate looks at, of the thing itself.
@@ -215,15 +222,28 @@ class Ledger:
         """
         measured = self.really(kept)
         if measured <= self.gate:
+            self.confirmed.append(kept)
             return True
         found = self.evaluate(kept).measured
+        if not self.problem.gates_drift:  # a drop may be zero or negative: by so much as the thing itself is worse
+            needed = found - (measured - self.problem.limit) if math.isfinite(measured) else found - abs(self.limit)
+            self._refuted.add(kept)
+            self.limit = min(self.limit, max(needed, 0.0))
+            return self._forget(kept)
         needed = 0.995 * found * self.problem.limit / measured if math.isfinite(measured) else 0.99 * self.limit
         self._refuted.add(kept)
         if len(self._refuted) <= GENTLE and needed > (1 - HAIR) * found:
             needed = max(needed, (1 - STEP) * found)
         self.limit = min(self.limit, needed)
-        if self._best is not None and self._best.kept == kept:
+        return self._forget(kept)
+
+    def _forget(self, refuted: KeepSet) -> bool:
+        """It is not the best answer any more; False, for who asked."""
+        if self._best is not None and self._best.kept == refuted:
             self._best = None
+            other = self.cheapest()
+            if other is not None:
+                self._offer(other, self.evaluate(other))
         return False
 
     @property

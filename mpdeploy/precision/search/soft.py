@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mpdeploy.precision.search.ledger import Ledger
 from mpdeploy.precision.search.types import Candidate, Evaluation, KeepSet
 
 DOUBTFUL = 12.0
 """Evaluations that a proof short of them keeps for the units that look least needed."""
-PARTS = (4, 2)
-"""A proof is tried on a quarter of the samples, then on half of them, before it takes all."""
-CERTAIN = 0.01
-"""Part of the gate's energy by which a proof on some samples must clear the gate: the noise of rounding on the others."""
-LARGE = 0.1
-"""Part of the gate's energy that a unit must add for that, predicted and measured: of smaller ones, errors that happen to cancel decide.
-
-On MiniLM, where the embedding is small, units that add 5 % on half of the samples were seen to add nothing on all of them.
-"""
+REVISIONS = 3
+"""How often all is measured anew because a unit has gone; in the last one few or none go."""
 MAX_PRUNE = 12
 """Evaluations that pruning may take before the proof does the rest."""
 
@@ -38,12 +31,14 @@ class Proof:
         drift_without: drift when it alone becomes half; infinite where that loses an output.
         samples: how many samples that was measured on: all, or fewer where the failure was plain (or evaluations were short).
         needed: whether the gate fails without it; False only where evaluations ran out before it could be tried.
+        is_shown: whether that was measured; else it follows from some samples, if errors add up in quadrature.
     """
 
     unit: str
     drift_without: float
     samples: int
     needed: bool
+    is_shown: bool = True
 
 
 def find_prefix(ledger: Ledger, front: Sequence[Candidate], *, is_known_to_fail: bool) -> tuple[Candidate, bool]:
@@ -123,14 +118,13 @@ def prove(
 ) -> tuple[KeepSet, list[Proof]]:
     """Measure the drift without each kept unit; whatever turns out not to be needed goes.
 
-    A hard cause that loses an output on one sample is shown by that. A unit whose error on a part of the samples alone uses up all that
-    is left under the gate is shown by those (see `_Proofs.is_shown_on_part`); the others, least needed first, are tried on all samples.
-    Where evaluations are short, all units are measured on some samples and only those that look least needed on all. A unit that goes
-    makes the others more needed, not less: what was measured of them stands, as a lower bound. A unit goes only if the thing itself
-    meets the gate without it.
+    A hard cause that loses an output on one sample is shown by that; the others, least needed first, are tried on all samples, up to
+    where the gate fails whatever the rest adds. Where evaluations are short, all units are measured on some samples, which is an
+    estimate, and only those that look least needed on all. A unit goes only if the thing itself meets the gate without it. Then what
+    was measured of the others beside it is measured anew: errors may cancel.
 
     Returns:
-        The kept set (1-minimal where every proof says `needed`), and one proof a unit in the order of what they are worth.
+        The kept set (1-minimal where every proof says `needed` and `is_shown`), and one proof a unit in the order of what they are worth.
     """
     ledger.aim_at_the_gate()
     proofs = _Proofs(ledger, kept, energies, ledger.evaluations + max_evaluations, num_samples)
@@ -138,6 +132,11 @@ def prove(
     if proofs.are_short():
         proofs.on_part()
     proofs.on_all()
+    for _ in range(REVISIONS):
+        if not proofs.revise():
+            break
+        proofs.on_all()
+    proofs.give_up()
     return proofs.kept, sorted(proofs.found.values(), key=lambda proof: -_sortable(proof.drift_without))
 
 
@@ -155,8 +154,7 @@ class _Proofs:
         self.found: dict[str, Proof] = {}
         self.doubt: dict[str, float] = {}
         self.untested = set(kept)
-        self.parts = [_spread(num_samples, num_samples // by) for by in PARTS if num_samples >= 2 * by]
-        self.can_be_parted = ledger.problem.gates_drift and bool(self.parts)
+        self.beside: dict[str, KeepSet] = {}  # what was kept when a unit was shown to be needed
 
     @property
     def left(self) -> float:
@@ -172,8 +170,7 @@ class _Proofs:
 
     def are_short(self) -> bool:
         """Whether evaluations will not do for every unit."""
-        one = 0.25 if self.can_be_parted and self.energies is not None else 1.0
-        return one * len(self.untested) + (DOUBTFUL if one < 1 else 0.0) > self.left
+        return len(self.untested) > self.left
 
     def on_part(self) -> None:
         """All units on so many samples as can be paid for."""
@@ -188,14 +185,13 @@ class _Proofs:
         """The units that are left, least needed first."""
         while self.untested and self.left >= 1.0:
             order = (
-                sorted(self.untested, key=self.doubt.__getitem__)
+                sorted(self.untested, key=lambda unit: (self.doubt.get(unit, -1.0), unit))
                 if self.doubt
                 else _by_worth(self.ledger, self.kept, self.energies, self.untested)
             )
             unit = order[0]
             self.untested.discard(unit)
-            if not self.doubt and self.is_shown_on_part(unit):
-                continue
+            self.beside[unit] = self.kept
             found = self.ledger.evaluate(self.kept - {unit})
             looked = max(1, round(found.share * self.num_samples))
             drift = found.drift
@@ -206,32 +202,20 @@ class _Proofs:
             if found.passes and self.ledger.problem.gates_drift:
                 drift = really  # what stands in for the thing itself passes by a hair, and that does not
             self.found[unit] = Proof(unit, drift, looked, needed=True)
-        for unit in self.untested - self.found.keys():
-            self.found[unit] = Proof(unit, math.nan, 0, needed=False)
 
-    def is_shown_on_part(self, unit: str) -> bool:
-        """Whether a part of the samples shows that a unit is needed.
+    def revise(self) -> bool:
+        """Take back what was shown beside a unit that has gone since; whether there is any, and evaluations to show it anew."""
+        stale = {unit for unit in self.found if self.beside.get(unit, self.kept) != self.kept}
+        for unit in stale:
+            self.found[unit] = replace(self.found[unit], needed=False)
+        self.untested |= stale
+        return bool(stale) and self.left >= 1.0
 
-        It does where what the unit adds on them, spread over all samples, is more than the gate leaves room for: then the gate fails
-        even if the unit added nothing on the others. Tried only where that is predicted.
-        """
-        ledger, landscape = self.ledger, self.ledger.landscape
-        if not self.can_be_parted or self.energies is None or landscape is None:
-            return False
-        whole = ledger.evaluate(self.kept)
-        room = max(ledger.limit**2 - whole.drift**2, 0.0) + CERTAIN * ledger.limit**2
-        predicted = landscape.parts.marginals(self.energies, self.kept)[unit]
-        for part in self.parts:
-            share = len(part) / self.num_samples
-            if share * predicted <= 1.2 * room or predicted < LARGE * ledger.limit**2:
-                continue
-            beside = ledger.evaluate(self.kept, part, until="lost")
-            without = ledger.evaluate(self.kept - {unit}, part, until="lost")
-            added = without.drift**2 - beside.drift**2
-            if without.lost or (share * added > room and added >= LARGE * ledger.limit**2):
-                self.found[unit] = Proof(unit, math.sqrt(whole.drift**2 + added), len(part), needed=True)
-                return True
-        return False
+    def give_up(self) -> None:
+        """Say of what could not be tried that it is not shown."""
+        self.revise()
+        for unit in sorted(self.untested):
+            self.found.setdefault(unit, Proof(unit, math.nan, 0, needed=False))
 
 
 def _by_worth(ledger: Ledger, kept: KeepSet, energies: Mapping[str, float] | None, units: Collection[str]) -> list[str]:
@@ -259,7 +243,7 @@ def _on_part(ledger: Ledger, kept: KeepSet, unit: str, part: tuple[int, ...], *,
     whole, beside = ledger.evaluate(kept), ledger.evaluate(kept, part, until="lost")
     without = ledger.evaluate(kept - {unit}, part, until="lost")
     drift = math.sqrt(whole.drift**2 + max(without.drift**2 - beside.drift**2, 0.0))
-    return Proof(unit, drift, len(part), needed=drift > ledger.limit)
+    return Proof(unit, drift, len(part), needed=drift > ledger.limit, is_shown=False)
 
 
 def _sortable(drift: float) -> float:
