@@ -95,10 +95,9 @@ def _surrogate(ledger: Ledger, gains: Gains) -> Surrogate:
     surrogate = Surrogate(gains.expected / ledger.limit**2, gains.variances)
     whole = {kept: found for kept, found in ledger.history if _is_whole(found) and _is_near(ledger, found)}
     if whole:
-        nearest = sorted(whole, key=lambda kept: (abs(_learnable(whole[kept]) - ledger.limit), sorted(kept)))[
-            :MOST_LEARNT
-        ]
-        surrogate.learn([_measured(ledger, kept, whole[kept]) for kept in whole if kept in set(nearest)])
+        order = sorted(whole, key=lambda kept: (abs(_learnable(whole[kept]) - ledger.limit), sorted(kept)))
+        nearest = set(order[:MOST_LEARNT])
+        surrogate.learn([_measured(ledger, kept, whole[kept]) for kept in whole if kept in nearest])
     return surrogate
 
 

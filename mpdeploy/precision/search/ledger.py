@@ -224,27 +224,23 @@ class Ledger:
         if measured <= self.gate:
             self.confirmed.append(kept)
             return True
-        found = self.evaluate(kept).measured
-        if not self.problem.gates_drift:  # a drop may be zero or negative: by so much as the thing itself is worse
-            needed = found - (measured - self.problem.limit) if math.isfinite(measured) else found - abs(self.limit)
-            self._refuted.add(kept)
-            self.limit = min(self.limit, max(needed, 0.0))
-            return self._forget(kept)
-        needed = 0.995 * found * self.problem.limit / measured if math.isfinite(measured) else 0.99 * self.limit
         self._refuted.add(kept)
-        if len(self._refuted) <= GENTLE and needed > (1 - HAIR) * found:
-            needed = max(needed, (1 - STEP) * found)
-        self.limit = min(self.limit, needed)
-        return self._forget(kept)
-
-    def _forget(self, refuted: KeepSet) -> bool:
-        """It is not the best answer any more; False, for who asked."""
-        if self._best is not None and self._best.kept == refuted:
+        self.limit = min(self.limit, self._needed(self.evaluate(kept).measured, measured))
+        if self._best is not None and self._best.kept == kept:
             self._best = None
             other = self.cheapest()
             if other is not None:
-                self._offer(other, self.evaluate(other))
+                self.evaluate(other)  # from memory; it becomes the best
         return False
+
+    def _needed(self, found: float, measured: float) -> float:
+        """Down to where what stands for the thing itself must come, so that the latter, above the gate now, meets it."""
+        if not self.problem.gates_drift:  # a drop may be zero or negative: by so much as the thing itself is worse
+            return max(found - (measured - self.problem.limit if math.isfinite(measured) else abs(self.limit)), 0.0)
+        needed = 0.995 * found * self.problem.limit / measured if math.isfinite(measured) else 0.99 * self.limit
+        if len(self._refuted) <= GENTLE and needed > (1 - HAIR) * found:
+            needed = max(needed, (1 - STEP) * found)
+        return needed
 
     @property
     def gate(self) -> float:
