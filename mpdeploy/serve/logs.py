@@ -45,12 +45,9 @@ def set_up_logging(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     logging.captureWarnings(True)
-    logging.getLogger().handlers[:] = [handler]  # what libraries say, each under a name of its own
+    logging.getLogger().handlers[:] = [handler]  # what libraries say goes there too
     for name, level in (("mpdeploy", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers[:] = [handler]
-        logger.setLevel(level)
-        logger.propagate = False
+        logging.getLogger(name).setLevel(level)
     # One line for each garbage request would let a stranger fill the disk; they are counted by status instead.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 

@@ -13,9 +13,10 @@ def _logging_as_it_was() -> Iterator[None]:
     """A server that begins in this process sets logging up for itself alone."""
     before = [
         (logger, list(logger.handlers), logger.level, logger.propagate)
-        for logger in map(logging.getLogger, ("mpdeploy", "uvicorn", "uvicorn.error"))
+        for logger in map(logging.getLogger, (None, "mpdeploy", "uvicorn", "uvicorn.error"))
     ]
     yield
+    logging.captureWarnings(False)
     for logger, handlers, level, propagate in before:
         logger.handlers[:] = handlers
         logger.setLevel(level)
