@@ -48,9 +48,8 @@ def connection_class() -> type[asyncio.Protocol]:
             self.body_bytes = 0
             self.chunk_bytes = 0
             self.in_head = True
-            self.between = (
-                True  # whether the parser has read whole requests only, the last of them (if any) on the short way
-            )
+            # whether the parser has read whole requests only, the last of them (if any) on the short way
+            self.between = True
             self.seen: SeenHead | None = None
             self.idle_since: float | None = None
             self.reading_since: float | None = time.monotonic()

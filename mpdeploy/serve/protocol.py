@@ -162,9 +162,14 @@ def _remember(head: bytes, document: Mapping[str, Any], request: InferRequest, b
         return
     if any(array.dtype.kind not in "iufV" for array in request.inputs.values()):
         return
-    if len(_KNOWN) >= MAX_KNOWN_HEADS:
-        _KNOWN.clear()
-    _KNOWN[head] = _KnownHead(request, binary)
+    _keep(_KNOWN, head, _KnownHead(request, binary))
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Remember, but not for ever: strangers decide what there is to remember."""
+    if len(known) >= MAX_KNOWN_HEADS:
+        known.clear()
+    known[key] = value
 
 
 def encode_response(response: InferResponse, request: InferRequest, binary: bool) -> tuple[bytes, int | None]:
@@ -200,9 +205,7 @@ def encode_response(response: InferResponse, request: InferRequest, binary: bool
     document["outputs"] = outputs
     head: bytes = load_orjson().dumps(document)
     if plain and raws and all(array.dtype.kind in "biufV" for array in response.outputs.values()):
-        if len(_HEADS) >= MAX_KNOWN_HEADS:
-            _HEADS.clear()
-        _HEADS[response.model_name, response.model_version, shapes] = head
+        _keep(_HEADS, (response.model_name, response.model_version, shapes), head)
     return (b"".join((head, *raws)), len(head)) if raws else (head, None)
 
 
