@@ -41,6 +41,7 @@ from mpdeploy.serve.protocol import encode_request
 
 WIDTH = 256
 GAP_S = 0.05
+"""Times without an answer are noted from here on."""
 SILENT_S = 1.0
 """Under load the server may not be silent for so long on all connections together. Time in which a core stood still is taken off."""
 
@@ -61,7 +62,7 @@ class Tally:
     """When each 200 was asked for, and read, by `time.monotonic()`."""
     last: float | None = None
     gaps: list[tuple[float, float]] = field(default_factory=list)
-    """The longest times without an answer on any connection, since `last` was set."""
+    """Times of more than `GAP_S` without an answer on any connection, since `last` was set."""
 
     def answered(self, status: int, begin: float) -> None:
         now = time.monotonic()

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from real_triton import free_port
 from served import checksum_model, make_run
 
 REPOSITORY = Path(__file__).parents[2]
@@ -33,12 +34,6 @@ def command(name: str) -> list[str]:
     """An instruction's command, as JSON says it."""
     said = next(rest for what, rest in instructions() if what == name)
     return list(json.loads(said[said.index("[") :]))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

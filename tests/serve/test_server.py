@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from real_triton import free_port
 from served import checksum_model, infer, make_run, mlp_model, send, serving, table_model
 
 from mpdeploy.serve.protocol import encode_request
@@ -343,12 +344,6 @@ def success(served) -> float:
         for line in served.get("/metrics").decode().splitlines()
         if line.startswith("nv_inference_request_success{")
     )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_a_token_opens_everything_but_probes_need_none(tmp_path, run):
