@@ -23,6 +23,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def by_torchrun() -> bool:
+    """Whether torchrun started this process, and watches it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def attempt() -> int:
     """How often torchrun has started all of them again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

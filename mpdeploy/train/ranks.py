@@ -26,6 +26,8 @@ from mpdeploy.errors import ConfigError, MpdeployError, StageFailedError, Unavai
 _ORDER = "order"
 _POLL_SECONDS = 0.1
 _MEET_WITHIN = timedelta(minutes=30)
+_BLAME_SECONDS = 5.0
+"""How long a rank that lost another one stays: torchrun names as the cause whichever it first finds dead, and then ends the others."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,8 @@ def together(config: TrainConfig, device: str) -> Iterator[Ranks]:
     except Exception as error:
         lost = _lost_connection(error)
         if lost is not None:  # the group is left as it is: closing it would wait for the dead
+            if distributed.by_torchrun():
+                time.sleep(_BLAME_SECONDS)
             raise StageFailedError(
                 f"Rank {distributed.rank()} lost another rank: {lost}.",
                 hint="the other rank's own message says why it died; torchrun --max-restarts 3 starts all of them again, and they "
