@@ -27,6 +27,9 @@ from tests.precision.visible import rel_l2
 
 pytestmark = pytest.mark.slow
 NUM_SAMPLES = 32
+ROUNDED_ONCE = frozenset({"bert_torchscript_opset11"})
+"""Here OpenVINO makes one kernel of the pieces of a LayerNorm and of a GELU, which does less rounding than the file says: BF16 drift
+emulated is 1.28 of it, and 1.08 of what it is where every tensor of the file is stored."""
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16")])
@@ -90,6 +93,6 @@ def test_drift_is_that_of_openvino_running_the_graph_as_typed(
     )  # type: ignore[arg-type]
     with OrtRunner(model.path) as runner:
         golden = runner.infer(feeds)
-    answers = answers_as_typed(output, feeds)
+    answers = answers_as_typed(output, feeds, fused=name not in ROUNDED_ONCE)
     real = max(rel_l2(found, array) for found, array in zip(answers, golden.values(), strict=True))
     assert 0.8 < done.drift.rel_l2 / real < 1.25

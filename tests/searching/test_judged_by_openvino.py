@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import onnx
 import pytest
 
 from mpdeploy.conversion import convert
 from mpdeploy.engines.onnxruntime import OrtRunner
 from mpdeploy.searching.conversion import convert_searched
 from tests import zoo
-from tests.precision.openvino_judge import answers_as_typed, skip_where_it_cannot_judge
+from tests.precision.openvino_judge import HALF, answers_as_typed, skip_where_it_cannot_judge
 from tests.precision.visible import rel_l2
 
 EMULATED_OVER_REAL = 0.8
@@ -19,21 +21,30 @@ EMULATED_OVER_REAL = 0.8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits", "minilm", "convnext"])
-def test_the_gate_is_met_by_openvino_running_the_answer_as_typed(name: str, zoo_folder: Path, tmp_path: Path) -> None:
-    skip_where_it_cannot_judge("fp16")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(("name", "share"), [("digits", 0.75), ("minilm", 0.25), ("convnext", 0.25)])
+def test_the_gate_is_met_by_openvino_running_the_answer_as_typed(
+    name: str, share: float, precision: Literal["fp16", "bf16"], zoo_folder: Path, tmp_path: Path
+) -> None:
+    """The gate is a share of the all-half drift: of the four layers of `digits` none may be half for a quarter of it."""
+    skip_where_it_cannot_judge(precision)
     model = zoo.trained_digits_cnn(zoo_folder, "none") if name == "digits" else zoo.export(name, zoo_folder)
     if model is None:
         pytest.skip(f"the weights of {name} are not installed")
     feeds = model.feeds(32, 1)
     np.savez(tmp_path / "x.npz", **feeds)
-    half = convert(model.path, data=str(tmp_path / "x.npz"), keep_io=True)
+    half = convert(model.path, data=str(tmp_path / "x.npz"), precision=precision, keep_io=True)
     assert half.drift is not None
-    limit = 0.25 * half.drift.rel_l2
+    limit = share * half.drift.rel_l2
     output = tmp_path / "searched.onnx"
-    convert_searched(model.path, data=str(tmp_path / "x.npz"), max_drift=limit, output=output, keep_io=True)
+    convert_searched(
+        model.path, data=str(tmp_path / "x.npz"), precision=precision, max_drift=limit, output=output, keep_io=True
+    )
+    kinds = {tensor.data_type for tensor in onnx.load(output).graph.initializer}
+    assert {HALF[precision][0], onnx.TensorProto.FLOAT} <= kinds, "a mixed graph, else there is nothing to judge"
     with OrtRunner(model.path) as runner:
         golden = runner.infer(feeds)
     answers = answers_as_typed(output, feeds)
     real = max(rel_l2(found, array) for found, array in zip(answers, golden.values(), strict=True))
+    print(f"{name} {precision}: real drift {real:.3g}, limit {limit:.3g}, ratio {real / limit:.2f}")
     assert real <= limit / EMULATED_OVER_REAL
