@@ -158,7 +158,8 @@ def convert(
             "--metric, --max-drop and --labels go together.", hint="--labels y.npz --metric top1 --max-drop 0.2pt"
         )
     loaded = load_model(model)
-    warnings = _refuse_double_output(model, output)
+    refuse_to_overwrite(model, output)
+    warnings: list[str] = []
     feeds = None
     if data is not None:
         feeds = data if isinstance(data, FeedSet) else load_feeds(data, input_specs(loaded), where=str(model))
@@ -266,10 +267,14 @@ def _refuse_unknown_rules(names: Collection[str]) -> None:
             raise UsageError(f"There is no range rule '{name}'.", hint=f"the rules are {', '.join(known)}")
 
 
-def _refuse_double_output(model: Path, output: Path | None) -> list[str]:
+def refuse_to_overwrite(model: Path, output: Path | None) -> None:
+    """The model that is converted is not written over.
+
+    Raises:
+        UsageError: the output is the model.
+    """
     if output is not None and output.exists() and model.exists() and output.samefile(model):
         raise UsageError(f"The output {output} is the input model itself.", hint="give another --output")
-    return []
 
 
 def _drift_error(drift: DriftReport, limit: float, blame: Sequence[Blame], asked: bool) -> GateFailedError:

@@ -143,7 +143,7 @@ def emulated_runner(
 def emulated_drift(reference: Path, mixed: ir.Model, feeds: FeedSet) -> DriftReport:
     """Drift of a mixed model, as half hardware would show it, against the FP32 model at `reference`."""
     meter = DriftMeter()
-    with _reference_runner(reference) as fp32, emulated_runner(mixed) as half:
+    with reference_runner(reference) as fp32, emulated_runner(mixed) as half:
         float_inputs = {spec.name for spec in half.inputs if spec.dtype == "float32"}
         for feed in feeds:
             golden, found = tensors_of(fp32.infer(feed)), tensors_of(half.infer(_widened(feed, float_inputs)))
@@ -154,7 +154,7 @@ def emulated_drift(reference: Path, mixed: ir.Model, feeds: FeedSet) -> DriftRep
 def answers_of_both(reference: Path, mixed: ir.Model, feeds: FeedSet) -> tuple[dict[str, Array], dict[str, Array]]:
     """All answers of the FP32 model and of the mixed one, emulated: output name -> [num_samples, ...]."""
     parts: tuple[dict[str, list[Array]], dict[str, list[Array]]] = ({}, {})
-    with _reference_runner(reference) as fp32, emulated_runner(mixed) as half:
+    with reference_runner(reference) as fp32, emulated_runner(mixed) as half:
         float_inputs = {spec.name for spec in half.inputs if spec.dtype == "float32"}
         for feed in feeds:
             both = (fp32.infer(feed), half.infer(_widened(feed, float_inputs)))
@@ -166,7 +166,7 @@ def answers_of_both(reference: Path, mixed: ir.Model, feeds: FeedSet) -> tuple[d
 
 
 @contextlib.contextmanager
-def _reference_runner(path: Path) -> Iterator[ort_engine.OrtRunner]:
+def reference_runner(path: Path) -> Iterator[ort_engine.OrtRunner]:
     """The FP32 model as it is; where node names repeat (valid ONNX, which ONNX Runtime refuses), with numbers behind them."""
     with contextlib.ExitStack() as stack:
         try:

@@ -39,7 +39,7 @@ Kind = tuple[str, str, int | None, int, tuple[int, ...]]
 """Domain, op type, version, number of inputs, and the element types of inputs (and outputs): -1 not known, -2 left out, -3 a container."""
 
 
-@dataclass
+@dataclass(eq=False)
 class GraphIndex:
     """See the module's docstring.
 

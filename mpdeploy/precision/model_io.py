@@ -124,6 +124,12 @@ def _check_external_data(weights: Sequence[ir.Value], path: Path) -> None:
             )
 
 
+def weight_files(model: ir.Model) -> list[Path]:
+    """The files beside an ONNX file in which it keeps weights."""
+    tensors = (value.const_value for value in _initialisers(model))
+    return sorted({Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)})
+
+
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initialisers."""
     return sum(value.const_value.nbytes for value in _initialisers(model) if value.const_value is not None)

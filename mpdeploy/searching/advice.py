@@ -48,6 +48,7 @@ def advice_on(
     problem: ModelProblem,
     half: str,
     plan: PrecisionPlan,
+    measured: float,
     measure: Callable[[PrecisionPlan], tuple[DriftReport, float]],
 ) -> list[str]:
     """Lines that say how far the search came and what would be needed; the remedy is measured on the rewritten model.
@@ -57,9 +58,10 @@ def advice_on(
         problem: what was searched.
         half: `fp16` or `bf16`.
         plan: of the answer.
+        measured: what the gate looks at, of the rewritten model.
         measure: rewrites, emulates and runs a plan on all samples.
     """
-    reached = "an output is lost" if answer.evaluation.lost else f"{answer.evaluation.measured:.3g}"
+    reached = f"{measured:.3g}" if math.isfinite(measured) else "an output lost"
     lines = [f"the best reached is {reached}, the limit is {problem.limit:.3g}"]
     if answer.stopped:
         return [*lines, f"the search was stopped: {answer.stopped}; run the same command again to go on"]
@@ -71,7 +73,12 @@ def advice_on(
     if remedy.fp32:
         lines.append(f"FP32 for {_listed(remedy.fp32)}: rounding alone adds that much there")
     if not remedy.bf16 and not remedy.fp32:
-        return [*lines, "everything is FP32 already: the gate is below what two runs of FP32 differ by"]
+        if problem.model.costs.half_keys(answer.kept):
+            return [*lines, "no rounding that is left stands out: by their parts they would meet the gate"]
+        return [
+            *lines,
+            "everything is FP32 that was FP32: the rest is of what the model itself holds in half, or of the order of sums",
+        ]
     return [*lines, *_measured(remedy, problem, plan, measure)]
 
 

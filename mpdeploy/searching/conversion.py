@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpdeploy.artifact import Array
-from mpdeploy.conversion import Accept, Conversion
+from mpdeploy.conversion import Accept, Conversion, refuse_to_overwrite
 from mpdeploy.data_files import FeedSet
 from mpdeploy.errors import GateFailedError
 from mpdeploy.precision.formats import FORMATS, HalfName
@@ -46,9 +46,11 @@ def convert_searched(
     `state` is a folder for the search's log and the keep-list; the same command goes on from there. `on_progress` is told numbers.
 
     Raises:
+        UsageError: the output is the model itself; or as `search_model`.
         GateFailedError: no keep-list meets the gate; the message says the best reached and what would be needed.
     """
     begin = time.perf_counter()
+    refuse_to_overwrite(model, output)
     found = search_model(
         model, data=data, keep=keep, precision=precision, keep_io=keep_io, keep_io_names=keep_io_names, max_drift=max_drift,
         metric=metric, labels=labels, max_drop=max_drop, cost=cost, mixed_half=mixed_half, folder=state, progress=progress, on_progress=on_progress,

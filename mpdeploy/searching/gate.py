@@ -28,7 +28,7 @@ def parse_drop(text: str) -> float:
     except ValueError as error:
         raise UsageError(f"--max-drop {text} is no number.", hint="give 0.2pt (points), or 0.002") from error
     if not math.isfinite(value) or value < 0:
-        raise UsageError(f"--max-drop {text} must not be negative.", hint="give how much the metric may fall")
+        raise UsageError(f"--max-drop {text} is no number of 0 or more.", hint="give how much the metric may fall")
     return value / 100 if is_points else value
 
 
@@ -44,7 +44,9 @@ def gate_of(
     if metric is None:
         if max_drop is not None or labels is not None:
             raise UsageError("--labels and --max-drop need a --metric.", hint="add --metric top1")
-        if max_drift is None or not max_drift > 0:
+        if max_drift is not None and not max_drift > 0:
+            raise UsageError(f"--max-drift {max_drift:g} is no drift above 0.", hint="--max-drift 1e-3")
+        if max_drift is None:
             raise UsageError(
                 "The search needs a gate.",
                 hint="give --max-drift 1e-3, or --labels FILE --metric top1 --max-drop 0.2pt",
@@ -63,19 +65,17 @@ def gate_of(
     return max_drop, f"{metric_name(metric)} falls by at most {max_drop:g}"
 
 
-def scorer_of(metric: Metric, labels: Path | Array | None, num_samples: int) -> Scorer:
-    """What scores outputs, sample by sample.
+def scorer_of(metric: Metric, labels: Path | Array | None) -> tuple[Scorer, int | None]:
+    """What scores outputs, row by row, and how many labels there are, if any.
 
     Raises:
-        DataError: not one label a sample.
+        DataError: the labels are no list.
     """
     known = load_labels(labels) if isinstance(labels, Path) else labels
-    if known is not None and len(known) != num_samples:
-        raise DataError(
-            f"There are {num_samples} samples and {len(known)} labels.", hint="one label a sample, in the same order"
-        )
+    if known is not None and not np.ndim(known):
+        raise DataError("The labels are a single value.", hint="one label a sample, along the first axis")
 
-    def scores(outputs: Mapping[str, Array], samples: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return score(metric, outputs, None if known is None else known[list(samples)])
+    def scores(outputs: Mapping[str, Array], rows: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return score(metric, outputs, None if known is None else known[list(rows)])
 
-    return scores
+    return scores, None if known is None else len(known)

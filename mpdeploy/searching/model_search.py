@@ -184,9 +184,9 @@ def search_model(
     user = match_keep_list(prepared.index, patterns_for(prepared.index, keep), model_name=str(model))
     never = frozenset(match_keep_list(prepared.index, read_patterns(must_half), model_name=str(model)))
     fixed = fixed_reasons(prepared.index, half, user)
-    scorer = None if metric is None else scorer_of(metric, labels, feeds.num_samples)
+    scorer, num_labels = (None, None) if metric is None else scorer_of(metric, labels)
     with open_search(
-        model, prepared, feeds, half, gate=gate, limit=limit, scorer=scorer, cost=cost_from(cost, prepared.index), seed=seed,
+        model, prepared, feeds, half, gate=gate, limit=limit, scorer=scorer, num_labels=num_labels, cost=cost_from(cost, prepared.index), seed=seed,
         fixed=fixed, float_io=float_io, never=never, progress=progress,
     ) as opened:  # fmt: skip
 
@@ -232,7 +232,7 @@ def search_model(
         if mixed_half and met:
             progress("moving kept nodes to BF16")
             moved = move_to_bf16(plan, groups, (confirmed, measured), limit, opened.measure_plan)
-        advice = () if met else tuple(advice_on(answer, opened.problem, half.name, plan, opened.measure_plan))
+        advice = () if met else tuple(advice_on(answer, opened.problem, half.name, plan, measured, opened.measure_plan))
         switched = opened.problem.measure(opened.model.graph.flags(plan.half_keys), until="lost").drift
         parts = [
             None if not samples else opened.problem.evaluate(answer.kept, samples, until="lost").drift

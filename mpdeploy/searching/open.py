@@ -9,17 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from mpdeploy.data_files import FeedSet
-from mpdeploy.emulated_runs import opener
+from mpdeploy.emulated_runs import opener, reference_runner
 from mpdeploy.engines import onnxruntime as ort_engine
-from mpdeploy.errors import UsageError
+from mpdeploy.errors import DataError, UsageError
 from mpdeploy.files import digest_of_json, sha256_of_file
 from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.flow import build_flow, shape_size
-from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, write_model
+from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, load_model, weight_files, write_model
 from mpdeploy.precision.plan import PrecisionPlan, Reason
 from mpdeploy.precision.rewrite import Prepared
 from mpdeploy.precision.search.cost import CostKind, FlowCosts, make_costs
@@ -32,6 +33,7 @@ from mpdeploy.searching.problem import (
     Scorer,
     held_out_samples,
     make_batches,
+    scores_of,
 )
 
 
@@ -68,6 +70,7 @@ def open_search(
     gate: str,
     limit: float,
     scorer: Scorer | None = None,
+    num_labels: int | None = None,
     cost: CostKind | Mapping[str, float] = "traffic",
     seed: int = 0,
     fixed: Mapping[str, Sequence[Reason]],
@@ -79,6 +82,7 @@ def open_search(
 
     Raises:
         UsageError: no node of the model can be half.
+        DataError: not one label an answer, or the FP32 model's own score is not finite.
     """
     ort_engine.prove_pairs_are_kept(half.onnx)
     flow = build_flow(
@@ -89,7 +93,8 @@ def open_search(
         size_of=shape_size,
     )
     priced = cost if isinstance(cost, str) else dict(cost)
-    sources = [sha256_of_file(path), feeds.digest, sorted(fixed), sorted(float_io), sorted(never)]
+    files = [path, *weight_files(load_model(path))]
+    sources = [*map(sha256_of_file, files), feeds.digest, sorted(fixed), sorted(float_io), sorted(never)]
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpdeploy-search-")))
         progress("building the switchable emulation")
@@ -98,10 +103,20 @@ def open_search(
             raise UsageError(
                 "There is nothing to search: no node of this model can be half.", hint="mpdeploy inspect shows why"
             )
-        with ort_engine.OrtRunner(path) as fp32:
+        with reference_runner(path) as fp32:
             batches = make_batches(feeds, fp32.infer)
         # of labels the digest sees what they make of the FP32 model's answers
-        scores = None if scorer is None else [scorer(batch.golden, batch.samples).tolist() for batch in batches]
+        num_rows = sum(len(batch.rows) for batch in batches)
+        if num_labels is not None and num_labels != num_rows:
+            raise DataError(
+                f"There are {num_rows} answers and {num_labels} labels.", hint="one label an answer, in the same order"
+            )
+        scores = None if scorer is None else scores_of(scorer, [batch.golden for batch in batches], batches).tolist()
+        if scores is not None and not np.isfinite(scores).all():
+            raise DataError(
+                f"The metric of the FP32 model itself is not finite on {np.sum(~np.isfinite(scores))} samples: nothing can be held against that.",
+                hint="mpdeploy compare shows what it answers",
+            )
         digest = digest_of_json([*sources, half.name, gate, priced, scores])
         progress("measuring what each rounding injects")
         open_model = opener(prepared.model, scratch, "injected")

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from mpdeploy.data_files import FeedSet
@@ -22,7 +21,7 @@ from mpdeploy.precision.search.cost import FlowCosts
 from mpdeploy.precision.search.driver import SearchAnswer
 from mpdeploy.precision.search.islands import rewrite_with_islands
 from mpdeploy.precision.search.switch_graph import Switch
-from mpdeploy.searching.problem import Batch, Scorer, measure_injected
+from mpdeploy.searching.problem import Batch, Scorer, drop, measure_injected, scores_of
 
 HURT = 1e-6
 """Relative squared error of a rounding beyond the usual: (2**-10)**2."""
@@ -135,7 +134,7 @@ def really_measured(
     drift = emulated_drift(model, mixed, feeds)
     if scorer is None:
         return drift, drift.rel_l2
-    reference = np.concatenate([scorer(batch.golden, batch.samples) for batch in batches])
+    reference = scores_of(scorer, [batch.golden for batch in batches], batches)
     with emulated_runner(mixed) as runner:
-        found = np.concatenate([scorer(runner.infer(batch.feeds), batch.samples) for batch in batches])
-    return drift, float(np.nan_to_num(reference, nan=0.0).mean() - np.nan_to_num(found, nan=0.0).mean())
+        found = scores_of(scorer, [runner.infer(batch.feeds) for batch in batches], batches)
+    return drift, drop(float(reference.mean()), found)

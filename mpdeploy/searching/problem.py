@@ -32,31 +32,53 @@ MAX_VALUES = 1 << 18
 """Values of a tensor that are looked at for the error it injects."""
 
 Scorer = Callable[[Mapping[str, Array], Sequence[int]], NDArray[np.float64]]
-"""(outputs, sample numbers) -> one score a sample."""
+"""(outputs, numbers of their rows) -> one score a row."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A feed with its FP32 answer and the numbers of its samples."""
+    """A feed with its FP32 answer.
+
+    Attributes:
+        feeds, golden: what goes in, and what the FP32 model makes of it.
+        samples: numbers of its samples; one where its outputs cannot be taken apart.
+        rows: numbers of its answers, the rows of the first output: what labels belong to.
+        split: each row of each output is a sample's.
+    """
 
     feeds: Feeds
     golden: Mapping[str, Array]
     samples: tuple[int, ...]
+    rows: tuple[int, ...]
     split: bool
 
 
 def make_batches(feeds: FeedSet, infer: Callable[[Feeds], Mapping[str, Array]]) -> list[Batch]:
     """Run the FP32 model once over all samples, in batches large enough that weights are not what is read most."""
     batches: list[Batch] = []
-    number = 0
+    number = row = 0
     for feed in _merged(feeds):
         golden = tensors_of(infer(feed))
         count = feeds.samples_in(feed)
         split = bool(feeds.batched) and all(array.ndim and len(array) == count for array in golden.values())
         count = count if split else 1
-        batches.append(Batch(feed, golden, tuple(range(number, number + count)), split))
-        number += count
+        first = next(iter(golden.values()), None)
+        num_rows = len(first) if first is not None and first.ndim else 1
+        batches.append(
+            Batch(feed, golden, tuple(range(number, number + count)), tuple(range(row, row + num_rows)), split)
+        )
+        number, row = number + count, row + num_rows
     return batches
+
+
+def scores_of(scorer: Scorer, answers: Sequence[Mapping[str, Array]], batches: Sequence[Batch]) -> NDArray[np.float64]:
+    """One score a row of all batches."""
+    return np.concatenate([scorer(outputs, batch.rows) for outputs, batch in zip(answers, batches, strict=True)])
+
+
+def drop(reference: float, scores: NDArray[np.float64]) -> float:
+    """By how much a metric falls; infinite where a score is not finite, which is never a pass."""
+    return reference - float(scores.mean()) if np.isfinite(scores).all() else math.inf
 
 
 def _merged(feeds: FeedSet) -> Iterator[Feeds]:
@@ -128,7 +150,8 @@ class Model:
                 continue
             feeds = {name: array[rows] if name in self.batched else array for name, array in batch.feeds.items()}
             golden = {name: array[rows] for name, array in batch.golden.items()}
-            found.append(Batch(feeds, golden, tuple(batch.samples[row] for row in rows), True))
+            samples, answers = (tuple(numbers[row] for row in rows) for numbers in (batch.samples, batch.rows))
+            found.append(Batch(feeds, golden, samples, answers, True))
         return found
 
 
@@ -164,9 +187,7 @@ class ModelProblem:
         self._scorer = scorer
         self._reference = 0.0
         if scorer is not None:
-            scores = np.concatenate([scorer(batch.golden, batch.samples) for batch in model.batches])
-            self._reference = float(np.nan_to_num(scores, nan=0.0).mean())
-        self._first: int = 0  # the batch that failed last is looked at first
+            self._reference = float(scores_of(scorer, [batch.golden for batch in model.batches], model.batches).mean())
 
     def canonical(self, kept: KeepSet) -> KeepSet:
         """Each keep-list is a model of its own: exactly these units are FP32."""
@@ -187,7 +208,7 @@ class ModelProblem:
         return found
 
     def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
-        """Run the batches, the one that failed last first; stop where nothing can change the answer any more."""
+        """Run the batches; stop where nothing can change the answer any more."""
         flags = self.model.graph.flags(self.model.costs.half_keys(kept))
         return self.measure(flags, samples, until=until)
 
@@ -196,27 +217,21 @@ class ModelProblem:
     ) -> Evaluation:
         """The same for flags."""
         batches = self.model.batches if samples is None else self.model.part(samples)
-        start = min(self._first, len(batches) - 1) if samples is None else 0
         meter = _Meter(batches, self._held_out)
         scores: list[NDArray[np.float64]] = []
-        for place in [start, *(i for i in range(len(batches)) if i != start)]:
-            batch = batches[place]
+        for batch in batches:
             found = self.model.run(batch, flags)
             meter.add(batch, found)
             if self._scorer is not None and not meter.nonfinite:
-                scores.append(self._scorer(found, batch.samples))
+                scores.append(self._scorer(found, batch.rows))
             if meter.nonfinite or meter.surely_above(LOST_REL_L2) or self._is_decided(meter, until):
-                if samples is None:
-                    self._first = place
                 break
         drift = meter.drift
         lost = meter.nonfinite or not drift < LOST_REL_L2
         measured, passes = drift, drift <= self.limit
         if self._scorer is not None:
-            known = np.concatenate(scores) if scores else np.zeros(0)
-            nan = bool(np.isnan(known).any())
-            measured = self._reference - float(np.nan_to_num(known, nan=0.0).mean()) if known.size else math.inf
-            passes = not lost and not nan and measured <= self.limit + 1e-12
+            measured = drop(self._reference, np.concatenate(scores)) if scores else math.inf
+            passes = not lost and measured <= self.limit + 1e-12
         share = meter.num_samples / self.model.num_samples
         whole = meter.num_samples == sum(len(batch.samples) for batch in batches)
         return Evaluation(drift, passes and whole and not lost, lost, measured, share, meter.energies, meter.learnable)

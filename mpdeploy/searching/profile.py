@@ -12,6 +12,7 @@ names them all; its time is shared among them. What a node costs is the time tha
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -90,9 +91,18 @@ def _document(path: Path) -> Any:
 def _of_nodes(document: Mapping[str, Any], path: Path) -> dict[str, float]:
     nodes = document.get("nodes")
     try:
-        return {str(node): float(each["fp32_ms"]) - float(each["half_ms"]) for node, each in nodes.items()}  # type: ignore[union-attr]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return {
+            str(node): _milliseconds(each["fp32_ms"], path) - _milliseconds(each["half_ms"], path)
+            for node, each in nodes.items()  # type: ignore[union-attr]
+        }
+    except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is no profile: {type(error).__name__}: {error}.", hint=_HINT) from error
+
+
+def _milliseconds(value: Any, path: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{path} is no profile: {str(value)[:40]!r} is no time.", hint=_HINT)
+    return float(value)
 
 
 def _of_layers(document: Iterable[Any], path: Path, index: GraphIndex) -> dict[str, float]:
@@ -107,7 +117,7 @@ def _of_layers(document: Iterable[Any], path: Path, index: GraphIndex) -> dict[s
             continue  # the count at the top
         nodes = _named_in(str(layer["name"]), order, place)
         for node in nodes:
-            found[node] = found.get(node, 0.0) + float(layer["averageMs"]) / len(nodes)
+            found[node] = found.get(node, 0.0) + _milliseconds(layer["averageMs"], path) / len(nodes)
     return found
 
 

@@ -64,6 +64,7 @@ def test_a_trained_cnn_keeps_no_more_than_greedy(share: float, cost: str, zoo_fo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # MiniLM by greedy search: two minutes of an idle machine
 @pytest.mark.parametrize("name", ["convnext", "vit", "minilm"])
 def test_a_real_model_keeps_no_more_than_greedy(name: str, zoo_folder: Path, tmp_path: Path) -> None:
     model = zoo.export(name, zoo_folder)

@@ -1,20 +1,24 @@
 """The keep-list that a search writes: readable, editable, accepted by `--keep @FILE`, and found again after a re-export.
 
-Names end in numbers that move when anything before them changes. So each entry also says what the node is and where it stands: op, module
-scopes, and what feeds it and takes from it. `rematch` finds by name first, and by that where the name is gone or means another node.
+Names end in numbers that move when anything before them changes, and then may name another node of the same kind. So each entry also
+says what the node is and where it stands: op, module scopes, what feeds it and takes from it, and digests of all that comes before and
+after it. `rematch` trusts a name whose node still has one of these two; else whatever has it is that node.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from mpdeploy.errors import KeepListError
 from mpdeploy.precision.graph_index import GraphIndex, constant_tensor
 from mpdeploy.precision.keep_list import read_patterns, scopes_of
 from mpdeploy.precision.plan import Reason
@@ -52,12 +56,46 @@ def entry_of(index: GraphIndex, unit: str, reasons: Sequence[Reason], answer: Se
 def place_of(index: GraphIndex, node: ir.Node) -> dict[str, Any]:
     """What a node is and where it stands, without names that an exporter numbers."""
     scopes = scopes_of(node)[:-1]
+    before, after = surroundings(index)[node]
     return {
         "scope": scopes[-1] if scopes else "",
         "inputs": [_neighbour(index, value) for value in node.inputs],
         "outputs": sorted(user.op_type for value in node.outputs for user, _ in value.uses()),
         "nth": _nth(index, node),
+        "before": before,
+        "after": after,
     }
+
+
+def surroundings(index: GraphIndex) -> dict[ir.Node, tuple[str, str]]:
+    """Node -> digests of all that leads to it, and of all that it leads to: ops and constants' shapes, no names but of inputs."""
+    known = _SURROUNDINGS.get(index)
+    if known is None:
+        before: dict[ir.Node, str] = {}
+        for node in index.nodes.values():  # in the order of the graph: what leads to it was seen
+            made = [
+                before.get(producer, "")
+                if value is not None and (producer := value.producer()) is not None and not index.is_constant(value)
+                else _neighbour(index, value)
+                for value in node.inputs
+            ]
+            before[node] = _digest(node.op_type, made)
+        after: dict[ir.Node, str] = {}
+        for node in reversed(index.nodes.values()):
+            leads = [
+                [after.get(user, user.op_type), str(place)] for value in node.outputs for user, place in value.uses()
+            ]
+            outputs = ["output" for value in node.outputs if value.is_graph_output()]
+            after[node] = _digest(node.op_type, [*sorted(map("/".join, leads)), *outputs])
+        known = _SURROUNDINGS[index] = {node: (before[node], after[node]) for node in before}
+    return known
+
+
+_SURROUNDINGS: weakref.WeakKeyDictionary[GraphIndex, dict[ir.Node, tuple[str, str]]] = weakref.WeakKeyDictionary()
+
+
+def _digest(op: str, parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join((op, *parts)).encode()).hexdigest()[:16]
 
 
 def _neighbour(index: GraphIndex, value: ir.Value | None) -> str:
@@ -118,15 +156,33 @@ def patterns_for(index: GraphIndex, arguments: Iterable[str]) -> list[tuple[str,
 
 def float_io_in(arguments: Iterable[str]) -> list[str]:
     """Inputs and outputs that the searched keep-lists among `--keep` arguments hold in FP32."""
-    documents = (_searched_document(argument) for argument in arguments)
-    named = [entry for document in documents if document is not None for entry in document.get("float_io", [])]
-    return [str(entry["name"]) if isinstance(entry, Mapping) else str(entry) for entry in named]
+    found: list[str] = []
+    for argument in arguments:
+        document = _searched_document(argument)
+        if document is not None:
+            entries = _list_in(document, "float_io", "name", argument)
+            found += [entry if isinstance(entry, str) else entry["name"] for entry in entries]
+    return found
 
 
 def _searched_entries(argument: str) -> list[Mapping[str, Any] | str] | None:
     """The entries of a file that a search wrote; None for anything else (`read_patterns` then says what is wrong with it)."""
     document = _searched_document(argument)
-    return None if document is None else list(document.get("keep", []))
+    return None if document is None else _list_in(document, "keep", "node", argument)
+
+
+def _list_in(document: Mapping[str, Any], key: str, named: str, argument: str) -> list[Mapping[str, Any] | str]:
+    """A list of a keep-list that people may have edited: each entry is a text, or an object with a text `named`."""
+    entries = document.get(key, [])
+    for entry in entries if isinstance(entries, list) else [entries]:
+        if not isinstance(entries, list) or not isinstance(
+            entry.get(named) if isinstance(entry, Mapping) else entry, str
+        ):
+            raise KeepListError(
+                f'The keep-list {argument[1:]}: in "{key}", {json.dumps(entry)[:80]} names nothing.',
+                hint=f'"{key}" is a list of patterns, or of objects like {{"{named}": "NAME"}}',
+            )
+    return list(entries)
 
 
 def _searched_document(argument: str) -> Mapping[str, Any] | None:
@@ -142,8 +198,9 @@ def _searched_document(argument: str) -> Mapping[str, Any] | None:
 def rematch(index: GraphIndex, entries: Iterable[Mapping[str, Any] | str]) -> list[tuple[str, str]]:
     """(pattern, note) pairs for `match_keep_list`, with the names of nodes that were renumbered brought up to date.
 
-    An entry whose name is there and fits its op stays as it is. Else the node with the same op, module scope and neighbours is taken; of
-    several, the one with the same number among its like. An entry that fits nothing keeps its name, so that `match_keep_list` reports it.
+    An entry whose name is there and fits its op and place stays as it is. Else the node with the same op, and the same before or after it, is
+    taken; or that with the same op, module scope and neighbours, of several the one with the same number among its like. An entry that fits
+    nothing keeps its name, so that `match_keep_list` reports it where it is gone.
 
     Args:
         index: the model as it is now.
@@ -183,13 +240,28 @@ def _fits(index: GraphIndex, entry: Mapping[str, Any]) -> bool:
     if not isinstance(place, Mapping):
         return True
     now = place_of(index, node)
+    if any(now[side] == place.get(side) for side in ("before", "after")):
+        return True
+    if "before" in place and _surrounded_alike(index, place, node.op_type):
+        return False  # another node has what was before or after it
     return bool(now["scope"] == place.get("scope") and now["inputs"] == place.get("inputs"))
+
+
+def _surrounded_alike(index: GraphIndex, place: Mapping[str, Any], op: str) -> list[str]:
+    """Nodes with the same before and after them; or else with one of these."""
+    sides = (place.get("before"), place.get("after"))
+    of = {name: surroundings(index)[node] for name, node in index.nodes.items() if node.op_type == op}
+    both = [name for name, found in of.items() if found == sides]
+    return both or [name for name, found in of.items() if found[0] == sides[0] or found[1] == sides[1]]
 
 
 def _moved(index: GraphIndex, entry: Mapping[str, Any], taken: set[str]) -> str | None:
     place = entry.get("place")
     if not isinstance(place, Mapping):
         return None
+    alike = [name for name in _surrounded_alike(index, place, str(entry.get("op"))) if name not in taken]
+    if len(alike) == 1:
+        return alike[0]
     likely: list[tuple[tuple[int, ...], str]] = []
     stem = _NUMBER.sub("", str(entry["node"]))
     for node_id, node in index.nodes.items():

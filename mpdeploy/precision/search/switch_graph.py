@@ -12,7 +12,7 @@ of a single rounding. Switching equals rewriting and emulating; the tests and ev
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -121,6 +121,7 @@ class _Builder:
         self.count = 0
 
     def run(self) -> None:
+        self._free_initialisers()
         edges = [*self._node_edges(), *self._output_edges()]
         constants = [
             (node, found) for node in self.index.nodes.values() if (found := self._changed_constants(node)) is not None
@@ -133,6 +134,13 @@ class _Builder:
         if self.model.graph.opset_imports.get("") == 22:
             # as in `emulate`: ONNX Runtime lacks FP32 kernels of some ops at opset 22
             self.model.graph.opset_imports[""] = 21
+
+    def _free_initialisers(self) -> None:
+        """Before IR version 4 an initialiser must be an input, too: those that are put in here are none."""
+        graph = self.model.graph
+        if (self.model.ir_version or 4) < 4:
+            self.model.ir_version = 4
+            graph.inputs[:] = [value for value in graph.inputs if value.name not in graph.initializers]
 
     # which roundings there are
 
@@ -205,7 +213,7 @@ class _Builder:
             tensor = constant_tensor(value) if self.index.is_constant(value) else None
             if tensor is None or tensor.dtype != FLOAT:
                 continue
-            before = np.asarray(tensor.numpy(), dtype=np.float32)
+            before = np.array(tensor.numpy(), dtype=np.float32)  # a copy: half_tensor lets go of a mapped file
             after = np.asarray(half_tensor(tensor, self.half, value.name).numpy()).astype(np.float32)
             if not np.array_equal(before, after, equal_nan=True):
                 changed[position] = ir.tensor(after, name=f"{value.name}.rounded")
@@ -268,9 +276,10 @@ class _Builder:
             self.model.graph.register_initializer(twin)
             rounded[position] = twin
         then, other = _clone(node, rounded, f"{stem}.then"), _clone(node, list(node.inputs), f"{stem}.else")
-        chosen = self._if(flag, [then], [other], stem)
+        made = [position for position, output in enumerate(node.outputs) if output.name]  # others are left out
+        chosen = self._if(flag, [then], [other], stem, made)
         graph.insert_before(node, chosen)
-        for old, new in zip(node.outputs, chosen.outputs, strict=True):
+        for old, new in zip([node.outputs[position] for position in made], chosen.outputs, strict=True):
             new.type, new.shape = old.type, old.shape
             for user, position in tuple(old.uses()):
                 user.replace_input_with(position, new)
@@ -280,12 +289,16 @@ class _Builder:
             old.name, new.name = f"{stem}.{old.name}", old.name
         graph.remove(node, safe=True)
 
-    def _if(self, flag: ir.Value, then: list[ir.Node], other: list[ir.Node], stem: str) -> ir.Node:
+    def _if(
+        self, flag: ir.Value, then: list[ir.Node], other: list[ir.Node], stem: str, made: Sequence[int] = (0,)
+    ) -> ir.Node:
         branches = {
-            f"{label}_branch": ir.Graph([], list(nodes[-1].outputs), nodes=nodes, name=f"{stem}_{label}")
+            f"{label}_branch": ir.Graph(
+                [], [nodes[-1].outputs[position] for position in made], nodes=nodes, name=f"{stem}_{label}"
+            )
             for label, nodes in (("then", then), ("else", other))
         }
-        return ir.node("If", [flag], branches, num_outputs=len(then[-1].outputs), name=stem)
+        return ir.node("If", [flag], branches, num_outputs=len(made), name=stem)
 
     def _place_after(self, value: ir.Value, node: ir.Node) -> None:
         producer = value.producer()
@@ -297,6 +310,8 @@ class _Builder:
             graph.insert_before(first, node)
 
     def _feed_flags(self) -> None:
+        if not self.flags:
+            return
         graph = self.model.graph
         fed = ir.val(FLAGS, dtype=ir.DataType.BOOL, shape=[len(self.flags)])
         graph.inputs.append(fed)
@@ -339,5 +354,5 @@ def _clone(node: ir.Node, inputs: list[ir.Value | None], stem: str) -> ir.Node:
         name=stem,
     )
     for position, (old, new) in enumerate(zip(node.outputs, twin.outputs, strict=True)):
-        new.name, new.type, new.shape = f"{stem}_{position}", old.type, old.shape
+        new.name, new.type, new.shape = f"{stem}_{position}" if old.name else "", old.type, old.shape
     return twin
