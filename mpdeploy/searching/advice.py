@@ -28,7 +28,7 @@ class Remedy:
 def remedy_for(answer: SearchAnswer, problem: ModelProblem, half: str) -> Remedy:
     """The largest parts of what is left, down to the gate."""
     model = problem.model
-    still_half = model.costs.half_keys(answer.kept)
+    still_half = model.costs.planned_half_keys(answer.kept)
     thrown = [s for s in model.graph.switches if any(key in still_half for key in s.needs)]
     thrown.sort(key=lambda s: -answer.energies.get(s.name, 0.0))
     left = sum(answer.energies.get(s.name, 0.0) for s in thrown)
@@ -73,7 +73,7 @@ def advice_on(
     if remedy.fp32:
         lines.append(f"FP32 for {_listed(remedy.fp32)}: rounding alone adds that much there")
     if not remedy.bf16 and not remedy.fp32:
-        if problem.model.costs.half_keys(answer.kept):
+        if problem.model.costs.planned_half_keys(answer.kept):
             return [*lines, "no rounding that is left stands out: by their parts they would meet the gate"]
         return [
             *lines,

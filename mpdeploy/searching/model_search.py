@@ -235,7 +235,9 @@ def search_model(
         advice = () if met else tuple(advice_on(answer, opened.problem, half.name, plan, measured, opened.measure_plan))
         switched = opened.problem.measure(opened.model.graph.flags(plan.half_keys), until="lost").drift
         parts = [
-            None if not samples else opened.problem.evaluate(answer.kept, samples, until="lost").drift
+            None
+            if not samples
+            else opened.problem.evaluate(opened.problem.canonical(answer.kept), samples, until="lost").drift
             for samples in (opened.held_out, opened.seen)
         ]
     found = ModelSearch(

@@ -23,6 +23,8 @@ from mpdeploy.precision.search.islands import rewrite_with_islands
 from mpdeploy.precision.search.switch_graph import Switch
 from mpdeploy.searching.problem import Batch, Scorer, drop, measure_injected, scores_of
 
+NUM_LOOKED_AT = 4
+"""Batches from which injected errors are taken."""
 HURT = 1e-6
 """Relative squared error of a rounding beyond the usual: (2**-10)**2."""
 
@@ -44,14 +46,14 @@ def fixed_reasons(index: GraphIndex, half: formats.HalfFormat, user: Mapping[str
 def injected_errors(
     prepared: Prepared, batches: Sequence[Batch], half: formats.HalfFormat, switches: Sequence[Switch], open_model: Any
 ) -> dict[str, float]:
-    """Switch -> relative squared error that it puts in, on the first batch."""
+    """Switch -> relative squared error that it puts in, on some batches from all over the data."""
     in_main = {value.name for node in prepared.model.graph for value in node.outputs}
     in_main |= {value.name for value in prepared.model.graph.inputs}
     names = [n for n in dict.fromkeys(s.tensor for s in switches if s.tensor is not None) if n in in_main]
-    by_tensor = measure_injected(names, batches[:1], half, open_model)
-    usual = (
-        half.unit_roundoff**2 / 3
-    )  # tensors inside bodies cannot be looked at: what rounding does to ordinary values
+    some = [batches[place] for place in sorted({i * len(batches) // NUM_LOOKED_AT for i in range(NUM_LOOKED_AT)})]
+    by_tensor = measure_injected(names, some, half, open_model)
+    # what rounding does to ordinary values: tensors inside bodies cannot be looked at, and masked ones may be 0 in these batches
+    usual = half.unit_roundoff**2 / 3
     return {s.name: s.injected if s.injected is not None else by_tensor.get(s.tensor or "", usual) for s in switches}
 
 

@@ -190,8 +190,8 @@ class ModelProblem:
             self._reference = float(scores_of(scorer, [batch.golden for batch in model.batches], model.batches).mean())
 
     def canonical(self, kept: KeepSet) -> KeepSet:
-        """Each keep-list is a model of its own: exactly these units are FP32."""
-        return kept
+        """What the plan keeps: these, and what lies between them where half would cost more in casts than it saves."""
+        return self.model.costs.planned(kept)
 
     def cost(self, kept: KeepSet) -> float:
         """See `FlowCosts.cost`."""
@@ -343,7 +343,7 @@ def measure_injected(
     half: HalfFormat,
     open_model: Callable[[Sequence[str]], contextlib.AbstractContextManager[Any]],
 ) -> dict[str, float]:
-    """One FP32 pass over some samples: the relative squared error that rounding each named tensor puts in."""
+    """One FP32 pass over some samples: the relative squared error that rounding each named tensor puts in, unless it is all 0 there."""
     error = dict.fromkeys(names, 0.0)
     energy = dict.fromkeys(names, 0.0)
     for chunk in _chunks(list(names)):
@@ -355,7 +355,7 @@ def measure_injected(
                     flat = flat[np.isfinite(flat)]
                     error[name] += float(np.square(half.rounded(flat).astype(np.float64) - flat).sum())
                     energy[name] += float(np.square(flat, dtype=np.float64).sum())
-    return {name: error[name] / energy[name] if energy[name] > 0 else 0.0 for name in names}
+    return {name: error[name] / energy[name] for name in names if energy[name] > 0}
 
 
 def _chunks(names: list[str], size: int = 128) -> Iterator[list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def test_one_engine_says_which_nodes_are_large(tmp_path: Path) -> None:
         ([{"name": "a"}], "without averageMs"),
         ({"nodes": {"other": {"fp32_ms": 1, "half_ms": 0}}}, "is in the model"),
         ("text", "two files must both"),
+        ([{"name": "a", "averageMs": None}], "'None' is no time"),
+        ([{"name": "a", "averageMs": "1"}], "'1' is no time"),
+        ({"nodes": {"a": {"fp32_ms": math.nan, "half_ms": 0}}}, "'nan' is no time"),
+        ({"nodes": {"a": {"fp32_ms": math.inf, "half_ms": 0}}}, "'inf' is no time"),
     ],
 )
 def test_a_file_that_is_no_profile_of_the_model_is_refused(document: Any, words: str, tmp_path: Path) -> None:

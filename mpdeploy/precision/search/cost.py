@@ -118,30 +118,54 @@ class FlowCosts:
             for name in (unit.key.removeprefix("input:") for unit in flow.units if unit.key.startswith("input:"))
             if f"output:{name}" in flow.of_key
         }
+        # what an If gives back is as its neighbours are: where that costs fewest casts
+        self._borders = frozenset(
+            unit.key
+            for unit in flow.units
+            if unit.node is not None
+            and ":out" in unit.key
+            and not unit.gain
+            and not unit.fixed
+            and unit.key not in never
+        )
         self.free = frozenset(
             unit.key
             for unit in flow.units
             if not unit.fixed
             and unit.key not in never
             and unit.key not in self._passed
-            and (unit.node is None or ":out" not in unit.key or unit.gain > 0)
+            and unit.key not in self._borders
         )
         self._all = frozenset(unit.key for unit in flow.units)
         self._half_at_most = self._all - self.rule_fixed
-        priced = {key: costs.units[key] for key in self._all - self.rule_fixed}
+        priced = {key: costs.units[key] for key in self._half_at_most - self._borders}
         self._prices = Prices(flow, priced, costs.cast)
         self._known: dict[KeepSet, float] = {}
+        self._planned: dict[KeepSet, frozenset[str]] = {}
         # units in the order of the graph, so that nothing depends on how sets are ordered
         free = [unit.key for unit in flow.units if unit.key in self.free]
         self.parts = Parts(free, {switch.name: self._held_by(switch) for switch in switches})
 
     def _held_by(self, switch: Switch) -> tuple[str, ...]:
         """The units that keep a switch from being thrown; an output that is an input too is kept by that."""
-        return tuple(self._passed.get(key, key) for key in switch.needs if key not in self.rule_fixed)
+        known = self.rule_fixed | self._borders
+        return tuple(self._passed.get(key, key) for key in switch.needs if key not in known)
 
     def half_keys(self, kept: KeepSet) -> frozenset[str]:
         """The units that are half when exactly these are kept."""
-        return self._with_passed(self._half_at_most - kept)
+        half = self._half_at_most - kept
+        if self._borders:
+            units = [
+                unit if unit.key in self._borders else replace(unit, gain=math.inf, fixed=unit.key not in half)
+                for unit in self.flow.units
+            ]
+            half = frozenset(half_units(self._flow_of(units)))
+        return self._with_passed(half)
+
+    def _flow_of(self, units: list[Unit]) -> Flow:
+        flow = Flow(units)
+        flow.edges, flow.of_key = self.flow.edges, self.flow.of_key
+        return flow
 
     def _with_passed(self, half: Collection[str]) -> frozenset[str]:
         """With each output that is an input too where its input is."""
@@ -149,12 +173,30 @@ class FlowCosts:
         return frozenset(half).difference(self._passed) | outputs
 
     def planned_half_keys(self, kept: KeepSet) -> frozenset[str]:
-        """The same in a plan: what would cost more in casts than it saves stays FP32 too, unless nodes are what is counted."""
+        """The same in a plan: what would cost more in casts than it saves stays FP32 too, unless nodes are what is counted.
+
+        With `traffic` it is the cheapest model that keeps these: matrix products may be a loss in half, too.
+        """
         if self.costs.name == "nodes":
             return self.half_keys(kept)
-        flow = Flow([replace(unit, fixed=unit.fixed or unit.key in kept) for unit in self.flow.units])
-        flow.edges, flow.of_key = self.flow.edges, self.flow.of_key
-        return self._with_passed(half_units(flow) | (self.never - self.rule_fixed))
+        if kept not in self._planned:
+            gains = self.costs.units if self.costs.cast else {unit.key: unit.gain for unit in self.flow.units}
+            flow = self._flow_of(
+                [
+                    replace(
+                        unit,
+                        fixed=unit.fixed or unit.key in kept,
+                        gain=0.0 if unit.key in self._borders else gains[unit.key],
+                    )
+                    for unit in self.flow.units
+                ]
+            )
+            self._planned[kept] = self._with_passed(half_units(flow) | (self.never - self.rule_fixed))
+        return self._planned[kept]
+
+    def planned(self, kept: KeepSet) -> KeepSet:
+        """What a plan keeps, of the units that may be kept."""
+        return self.free - self.planned_half_keys(kept)
 
     def cost(self, kept: KeepSet) -> float:
         """Of the plan that keeps these (and what lies between them, where that is cheaper than casts), beyond what rules keep."""
@@ -173,7 +215,8 @@ class FlowCosts:
 
     def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
         """Every keep-list on the lower convex hull of cost against energy, from `hard` alone to everything."""
-        live = [s for s in self.switches if energies[s.name] > 0 and not self.rule_fixed.issuperset(s.needs)]
+        known = self.rule_fixed | self._borders
+        live = [s for s in self.switches if energies[s.name] > 0 and not known.issuperset(s.needs)]
         least = frozenset(hard)
         found: dict[KeepSet, tuple[float, float]] = {least: self._price(least, live, energies)}
         everything = self._cut(math.inf, least, live, energies)
@@ -212,7 +255,7 @@ class FlowCosts:
         return steps[::-1]
 
     def _price(self, kept: KeepSet, live: Sequence[Switch], energies: Mapping[str, float]) -> tuple[float, float]:
-        fp32 = kept | self.rule_fixed
+        fp32 = kept | self.rule_fixed | self._borders
         energy = sum(energies[s.name] for s in live if not fp32.issuperset(s.needs))
         return sum(self.costs.units[key] for key in kept), energy
 

@@ -189,8 +189,8 @@ class _Search:
     def run(self) -> None:
         ledger = self.ledger
         ledger.start("all half")
-        self.all_half = ledger.evaluate(frozenset(), until="lost")
-        if self.all_half.passes and ledger.confirm(frozenset()):
+        self.all_half = ledger.evaluate(frozenset(), until="lost", exactly=True)
+        if ledger.evaluate(frozenset(), until="lost").passes and ledger.confirm(frozenset()):
             self._settle(frozenset(), met=True)
             return
         everything = frozenset(ledger.problem.units)
@@ -255,7 +255,7 @@ class _Search:
         everything = frozenset(units)
 
         def is_lost(half: frozenset[str]) -> bool:
-            return self.ledger.evaluate(everything - half, until="lost").lost
+            return self.ledger.evaluate(everything - half, until="lost", exactly=True).lost
 
         suspicion = self.ledger.problem.suspicion()
         found = find_hard(units, is_lost, suspicion=suspicion)

@@ -3,20 +3,21 @@
 A proposal is walked to (walk.py) on the surrogate (surrogate.py): units are let go, those first that lower the chance of passing least
 for what they save, until the price is low enough; then some are taken back and others let go instead, more and more of them at once,
 for as long as the chance rises (a strategic oscillation, Glover 1977). What is measured next is what promises most: its chance times
-what it saves. It ends where nothing promises anything, or after some failures in a row.
+what it saves. It ends where nothing promises anything, or after some failures in a row. Of a handful of units all keep-lists are looked
+at: there casts make valleys that no walk crosses.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
 from mpdeploy.precision.search.gains import Gains
 from mpdeploy.precision.search.ledger import Ledger
 from mpdeploy.precision.search.surrogate import LARGEST, Measured, Surrogate
-from mpdeploy.precision.search.types import Evaluation, KeepSet
+from mpdeploy.precision.search.types import Evaluation, KeepSet, Landscape
 from mpdeploy.precision.search.walk import Walk
 
 SAVINGS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
@@ -31,6 +32,8 @@ LEAST_CHANCE = 0.01
 """Of passing, for a measurement to be worth its time."""
 MOST_LEARNT = 256
 """Measurements that the surrogate begins with, those nearest the gate: a step costs their number times that of the parts."""
+HANDFUL = 12
+"""Of so many units all keep-lists are looked at."""
 FAILURES = 16
 """Measurements in a row that do not pass, before it ends."""
 
@@ -46,11 +49,13 @@ def exchange(ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_
         max_evaluations: at most.
     """
     assert ledger.landscape is not None
+    kept = ledger.problem.canonical(kept)
     end = ledger.evaluations + max_evaluations
     surrogate = _surrogate(ledger, gains)
+    few = _Handful(ledger.landscape, hard) if len(ledger.landscape.parts.units) <= HANDFUL else None
     failures = 0
     while failures < FAILURES and ledger.evaluations + 1 <= end:
-        proposal, chance = _propose(ledger, surrogate, kept, hard)
+        proposal, chance = _propose(ledger, surrogate, kept, hard, few)
         if chance < LEAST_CHANCE:
             break
         found = ledger.evaluate(proposal, until="lost")
@@ -101,7 +106,44 @@ def _surrogate(ledger: Ledger, gains: Gains) -> Surrogate:
     return surrogate
 
 
-def _propose(ledger: Ledger, surrogate: Surrogate, kept: KeepSet, hard: KeepSet) -> tuple[KeepSet, float]:
+class _Handful:
+    """All keep-lists of a few units: masks [keep-lists, units], their prices, and which roundings happen with each."""
+
+    def __init__(self, landscape: Landscape, hard: KeepSet) -> None:
+        parts = landscape.parts
+        numbers = np.arange(1 << len(parts.units))
+        masks = (numbers[:, None] >> np.arange(len(parts.units))) & 1 == 1
+        masks = masks[masks[:, parts.mask(hard)].all(axis=1)]
+        self._units = parts.units
+        self._masks = masks
+        self._prices = np.array([landscape.price(self._keep_set(number)) for number in range(len(masks))])
+        self._thrown = np.stack([parts.missing(mask) > 0 for mask in masks])
+
+    def _keep_set(self, number: int) -> KeepSet:
+        return frozenset(self._units[place] for place in np.flatnonzero(self._masks[number]))
+
+    def best(
+        self, ledger: Ledger, surrogate: Surrogate, price: float, measured: Collection[KeepSet]
+    ) -> Iterator[Proposal]:
+        """The one that promises most below a price, if there is any."""
+        chances = surrogate.chances(self._thrown @ surrogate.features)
+        worth = (price - self._prices) * chances**2
+        for number in np.argsort(-worth, kind="stable"):
+            if not worth[number] > 0 or chances[number] < LEAST_CHANCE:
+                return
+            proposal = ledger.problem.canonical(self._keep_set(int(number)))
+            if proposal not in measured:
+                yield float(worth[number]), float(chances[number]), proposal
+                return
+
+
+Proposal = tuple[float, float, KeepSet]
+"""What it promises, its chance, and the keep-list."""
+
+
+def _propose(
+    ledger: Ledger, surrogate: Surrogate, kept: KeepSet, hard: KeepSet, few: _Handful | None
+) -> tuple[KeepSet, float]:
     """What promises most among what was not measured yet, and its chance of passing."""
     assert ledger.landscape is not None
     price = ledger.problem.cost(kept)
@@ -113,10 +155,10 @@ def _propose(ledger: Ledger, surrogate: Surrogate, kept: KeepSet, hard: KeepSet)
         walk.limit = _below(start.price)
         walks += [walk] if walk.let_go() else []
     walks.sort(key=lambda walk: -(start.price - walk.price) * walk.chance**2)
-    found: list[tuple[float, float, KeepSet]] = []
+    found: list[Proposal] = [] if few is None else list(few.best(ledger, surrogate, price, measured))
     for walk in walks[:TRIED_WELL]:
         for better in (walk, walk.exchanged(DEPTH)):
-            proposal = better.keep_set
+            proposal = ledger.problem.canonical(better.keep_set)
             saved = price - ledger.problem.cost(proposal)
             if proposal not in measured and saved > 0:
                 found.append((saved * better.chance**2, better.chance, proposal))

@@ -34,6 +34,8 @@ FIRST_SPREAD = 1.5
 FIRST_NOISE = 0.7
 GUESSED = 30
 """The first guess of the spread counts as much as this many probes."""
+SILENT = 4
+"""Probes of one item that must say nothing at any output, before it is believed to do nothing: samples may be masked there."""
 ENOUGH = 32
 """Probes of one item."""
 STRANGE = 6.0
@@ -129,6 +131,7 @@ class _State:
         self.order = [tuple(order[i : i + batch].tolist()) for i in range(0, len(order), batch)]
         self.seen: list[list[Floats]] = [[] for _ in items]  # ln of each probe, in the order of `order`
         self.hard = np.zeros(len(items), dtype=bool)
+        self.reaches = np.zeros(len(items), dtype=bool)  # some output
         self.num_probes = 0
         self.mean = np.repeat(ln_injected[:, None], num_outputs, axis=1)
         self.variance = np.full_like(self.mean, FIRST_SPREAD**2)
@@ -139,6 +142,7 @@ class _State:
         self.num_probes += 1
         if not np.isfinite(energies).all() or energies.max(initial=0.0) >= HARD_ENERGY:
             self.hard[item] = True
+        self.reaches[item] |= bool(energies.any())
         self.seen[item].append(np.log(np.clip(np.nan_to_num(energies, nan=LOST_ENERGY), FLOOR, LOST_ENERGY)))
 
     def learn(self) -> None:
@@ -166,13 +170,15 @@ class _State:
             spread = math.sqrt((len(soft) * learnt + GUESSED * FIRST_SPREAD**2) / (len(soft) + GUESSED))
         prior = 1.0 / spread**2
         for i, of_item in enumerate(seen):
-            found = sum(value - factor[n] for n, value in enumerate(of_item))
-            variance = 1.0 / (prior + len(of_item) / noise**2)
-            mean = (prior * (self.ln_injected[i] + shift) + found / noise**2) * variance
-            if of_item and min(of_item) <= _NOTHING:
-                mean, variance = math.log(FLOOR), 0.0  # it does not reach this output
-            elif self.hard[i]:
+            found = [value - factor[n] for n, value in enumerate(of_item) if value > _NOTHING]
+            variance = 1.0 / (prior + len(found) / noise**2)
+            mean = (prior * (self.ln_injected[i] + shift) + sum(found) / noise**2) * variance
+            if self.hard[i] and found:
                 mean, variance = max(of_item), 0.0
+            elif found:
+                mean += math.log(len(found) / len(of_item))  # on samples where nothing comes of it, it is 0
+            elif of_item and (self.reaches[i] or len(of_item) >= SILENT):
+                mean, variance = math.log(FLOOR), 0.0  # it does not reach this output
             self.mean[i, output], self.variance[i, output] = mean, variance
 
     def expected(self) -> Floats:

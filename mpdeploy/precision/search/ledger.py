@@ -29,7 +29,7 @@ from mpdeploy.precision.search.types import (
     Until,
 )
 
-LOG_VERSION = 3
+LOG_VERSION = 4
 HAIR = 0.03
 """Where the thing itself is above the gate by less than this part of it, that is how sums are ordered: another keep-list may do."""
 STEP = 0.003
@@ -154,19 +154,23 @@ class Ledger:
         self._later = later
         self._tell()
 
-    def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
-        """Measure a keep-list; the same model is never measured twice.
+    def evaluate(
+        self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate", exactly: bool = False
+    ) -> Evaluation:
+        """Measure the model to which a keep-list leads, or that which keeps exactly these; no model is measured twice.
 
         Raises:
             SearchStoppedError: time or evaluations are spent.
         """
-        same = sorted(self.problem.canonical(kept))
-        key = "e" + digest_of_json([same, list(samples or ())])[:24]
+        planned = self.problem.canonical(kept)
+        is_model = not exactly or planned == kept  # else nobody would be given it
+        kept = kept if exactly else planned
+        key = "e" + digest_of_json([sorted(kept), list(samples or ())])[:24]
         memory = "m" + key
         if memory in self._known:
             raw: Evaluation = self._known[memory]
             found = self._judged(kept, raw)
-            if samples is None and found.passes:
+            if samples is None and is_model and found.passes:
                 self._offer(kept, found)
             return found
         if key in self._known:
@@ -180,7 +184,7 @@ class Ledger:
         self._known[memory] = raw  # judged whenever it is looked at: the limit that is aimed at changes
         found = self._judged(kept, raw)
         self._count(raw.share)
-        if samples is None:
+        if samples is None and is_model:
             self.history.append((kept, raw))
             if found.passes:
                 self._offer(kept, found)
@@ -199,6 +203,7 @@ class Ledger:
 
     def was_met(self, kept: KeepSet) -> bool:
         """Whether it was measured on all samples and passes."""
+        kept = self.problem.canonical(kept)
         return any(known == kept and self._judged(known, found).passes for known, found in self.history)
 
     def really(self, kept: KeepSet) -> float:
@@ -220,6 +225,7 @@ class Ledger:
         Raises:
             SearchStoppedError: time or evaluations are spent.
         """
+        kept = self.problem.canonical(kept)
         measured = self.really(kept)
         if measured <= self.gate:
             self.confirmed.append(kept)

@@ -121,22 +121,26 @@ def prove(
     A hard cause that loses an output on one sample is shown by that; the others, least needed first, are tried on all samples, up to
     where the gate fails whatever the rest adds. Where evaluations are short, all units are measured on some samples, which is an
     estimate, and only those that look least needed on all. A unit goes only if the thing itself meets the gate without it. Then what
-    was measured of the others beside it is measured anew: errors may cancel.
+    was measured of the others beside it is measured anew: errors may cancel. Of what a plan keeps between others, to spare casts, only
+    those are named that the gate needs, too, alone or with those that go with them.
 
     Returns:
         The kept set (1-minimal where every proof says `needed` and `is_shown`), and one proof a unit in the order of what they are worth.
     """
     ledger.aim_at_the_gate()
+    kept = ledger.problem.canonical(kept)
     proofs = _Proofs(ledger, kept, energies, ledger.evaluations + max_evaluations, num_samples)
     proofs.of_lost(hard)
     if proofs.are_short():
         proofs.on_part()
     proofs.on_all()
     for _ in range(REVISIONS):
-        if not proofs.revise():
+        have_gone = proofs.join()
+        if not proofs.revise() and not have_gone:
             break
         proofs.on_all()
     proofs.give_up()
+    proofs.name()
     return proofs.kept, sorted(proofs.found.values(), key=lambda proof: -_sortable(proof.drift_without))
 
 
@@ -154,6 +158,7 @@ class _Proofs:
         self.found: dict[str, Proof] = {}
         self.doubt: dict[str, float] = {}
         self.untested = set(kept)
+        self.between: set[str] = set()  # kept to spare casts alone
         self.beside: dict[str, KeepSet] = {}  # what was kept when a unit was shown to be needed
 
     @property
@@ -192,11 +197,17 @@ class _Proofs:
             unit = order[0]
             self.untested.discard(unit)
             self.beside[unit] = self.kept
-            found = self.ledger.evaluate(self.kept - {unit})
+            less = self.kept - {unit}
+            found = self.ledger.evaluate(less, exactly=True)
             looked = max(1, round(found.share * self.num_samples))
             drift = found.drift
-            if found.passes and (really := self.ledger.really(self.kept - {unit})) <= self.ledger.gate:
-                self.kept = self.kept - {unit}
+            self.between.discard(unit)
+            if found.passes and unit in self.ledger.problem.canonical(less):
+                self.between.add(unit)  # half here would cost more in casts than it saves
+                self.found.pop(unit, None)
+                continue
+            if found.passes and (really := self.ledger.really(less)) <= self.ledger.gate:
+                self.kept = less
                 self.found.pop(unit, None)
                 continue
             if found.passes and self.ledger.problem.gates_drift:
@@ -205,8 +216,9 @@ class _Proofs:
 
     def revise(self) -> bool:
         """Take back what was shown beside a unit that has gone since; whether there is any, and evaluations to show it anew."""
-        stale = {unit for unit in self.found if self.beside.get(unit, self.kept) != self.kept}
-        for unit in stale:
+        shown = self.found.keys() | self.between
+        stale = {unit for unit in shown if self.beside.get(unit, self.kept) != self.kept}
+        for unit in stale & self.found.keys():
             self.found[unit] = replace(self.found[unit], needed=False)
         self.untested |= stale
         return bool(stale) and self.left >= 1.0
@@ -214,8 +226,40 @@ class _Proofs:
     def give_up(self) -> None:
         """Say of what could not be tried that it is not shown."""
         self.revise()
+        self.between -= self.untested
         for unit in sorted(self.untested):
             self.found.setdefault(unit, Proof(unit, math.nan, 0, needed=False))
+
+    def join(self) -> bool:
+        """What is kept to spare casts may go where it goes together with others: try what is not kept by the rest. Whether any went."""
+        for unit in sorted(self._named() & self.between):
+            if self.left < 1.0:
+                return False
+            less = self.ledger.problem.canonical(self._named() - {unit})
+            found = self.ledger.evaluate(less)
+            if found.passes and self.ledger.really(less) <= self.ledger.gate:
+                self.kept = less
+                self.between &= less
+                self.untested &= less
+                self.found = {unit: proof for unit, proof in self.found.items() if unit in less}
+                return True
+            self.found[unit] = Proof(unit, found.drift, max(1, round(found.share * self.num_samples)), needed=True)
+        return False
+
+    def _named(self) -> KeepSet:
+        """Without what the plan keeps anyhow, between the others."""
+        named = self.kept - self.between
+        for unit in sorted(self.between):
+            if unit not in self.ledger.problem.canonical(named):
+                named |= {unit}
+        return named
+
+    def name(self) -> None:
+        """Leave out what the plan keeps anyhow."""
+        self.kept = self._named()
+        self.found = {unit: proof for unit, proof in self.found.items() if unit in self.kept}
+        for unit in sorted(self.kept - self.found.keys()):
+            self.found[unit] = Proof(unit, math.nan, 0, needed=False)
 
 
 def _by_worth(ledger: Ledger, kept: KeepSet, energies: Mapping[str, float] | None, units: Collection[str]) -> list[str]:
@@ -233,7 +277,7 @@ def _spread(num_samples: int, count: int) -> tuple[int, ...]:
 
 def _when_lost(ledger: Ledger, kept: KeepSet, unit: str, num_samples: int) -> Proof | None:
     """A proof on one sample, where that is enough."""
-    without = ledger.evaluate(kept - {unit}, (num_samples // 2,), until="lost")
+    without = ledger.evaluate(kept - {unit}, (num_samples // 2,), until="lost", exactly=True)
     return Proof(unit, math.inf, 1, needed=True) if without.lost and not math.isfinite(without.drift) else None
 
 
@@ -241,7 +285,7 @@ def _on_part(ledger: Ledger, kept: KeepSet, unit: str, part: tuple[int, ...], *,
     if not affordable:
         return Proof(unit, math.nan, 0, needed=False)
     whole, beside = ledger.evaluate(kept), ledger.evaluate(kept, part, until="lost")
-    without = ledger.evaluate(kept - {unit}, part, until="lost")
+    without = ledger.evaluate(kept - {unit}, part, until="lost", exactly=True)
     drift = math.sqrt(whole.drift**2 + max(without.drift**2 - beside.drift**2, 0.0))
     return Proof(unit, drift, len(part), needed=drift > ledger.limit, is_shown=False)
 

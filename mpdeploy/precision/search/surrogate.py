@@ -169,6 +169,16 @@ class Surrogate:
         """[items, columns]: what one rounding adds to all sums of all outputs."""
         return np.concatenate([output.features for output in self.outputs], axis=1)
 
+    def chances(self, sums: Floats) -> Floats:
+        """[keep-lists]: of passing; arguments as of `margins`."""
+        return np.asarray(np.exp(self.log_chances(sums)))
+
+    def log_chances(self, sums: Floats) -> Floats:
+        """Their logarithms."""
+        from scipy.special import log_ndtr
+
+        return np.asarray(log_ndtr(self.margins(sums)).sum(axis=1))
+
     def margins(self, sums: Floats) -> Floats:
         """[keep-lists, outputs]: by how many standard deviations each output lies below the gate.
 

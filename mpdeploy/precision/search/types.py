@@ -85,10 +85,10 @@ class Problem(Protocol):
         """Changes with anything that changes an answer; a log of another problem is not replayed."""
 
     def evaluate(self, kept: KeepSet, samples: Sequence[int] | None = None, *, until: Until = "gate") -> Evaluation:
-        """Measure a keep-list on all samples, or on these only; it may stop early, as soon as the gate fails or an output is lost."""
+        """Measure what keeps exactly these on all samples, or on some; it may stop early, where the gate fails or an output is lost."""
 
     def canonical(self, kept: KeepSet) -> KeepSet:
-        """The same for all keep-lists that lead to the same model, so that none is measured twice."""
+        """All that the model keeps to which a keep-list leads: these units, and what would be half between them at a loss."""
 
     def confirm(self, kept: KeepSet) -> float:
         """What the gate looks at, of the thing itself where `evaluate` measures a stand-in of it; 0 where it does not."""

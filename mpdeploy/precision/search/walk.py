@@ -144,18 +144,12 @@ class Walk:
         self._missing = self._parts.missing(kept)
         self._sums = self._features[self._missing > 0].sum(axis=0)
         self.price = self._landscape.price(self.keep_set)
-        self.value = float(self._values(self._sums[None, :])[0])
+        self.value = float(self._surrogate.log_chances(self._sums[None, :])[0])
 
     def _take(self, steps: _Steps, number: int) -> None:
         kept = self.kept.copy()
         kept[steps.units[steps.of == steps.numbers[number]]] ^= True
         self._stand(kept)
-
-    def _values(self, sums: Floats) -> Floats:
-        """Logarithms of the chances of passing."""
-        from scipy.special import log_ndtr
-
-        return np.asarray(log_ndtr(self._surrogate.margins(sums)).sum(axis=1))
 
     def _changes(self) -> Floats:
         changes = self._landscape.price_changes(self.keep_set)
@@ -174,7 +168,7 @@ class Walk:
         prices = _added_up(self._changes()[units], of, len(parts.units))
         numbers = np.flatnonzero(free & (prices < 0))
         added = _summed(parts.rows, parts.columns, silent[parts.columns], self._features, len(parts.units))[numbers]
-        return _Steps(of, units, numbers, self._values(self._sums + added), prices[numbers])
+        return _Steps(of, units, numbers, self._surrogate.log_chances(self._sums + added), prices[numbers])
 
     def _returns(self) -> _Steps:
         """For each rounding that happens, the units that would have to be kept to hold it back."""
@@ -189,7 +183,7 @@ class Walk:
         member = half[parts.rows] & possible[parts.columns]
         of, units = parts.columns[member], parts.rows[member]
         prices = _added_up(self._changes()[units], of, len(parts.items))[numbers]
-        return _Steps(of, units, numbers, self._values(self._sums - silenced), prices)
+        return _Steps(of, units, numbers, self._surrogate.log_chances(self._sums - silenced), prices)
 
 
 def _added_up(weights: Floats, of: NDArray[np.intp], count: int) -> Floats:

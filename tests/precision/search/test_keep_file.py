@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from mpdeploy.errors import KeepListError
 from mpdeploy.precision.graph_index import GraphIndex
 from mpdeploy.precision.keep_list import NAME_SCOPES, match_keep_list
 from mpdeploy.precision.plan import Reason
-from mpdeploy.precision.search.keep_file import entry_of, rematch
+from mpdeploy.precision.search.keep_file import FORMAT, entry_of, float_io_in, patterns_for, rematch
 from tests.precision.conformance_base import normal, weight
 from tests.precision.visible import graph
 
@@ -86,3 +88,43 @@ def test_the_old_name_stays_in_the_note() -> None:
 def test_inputs_and_outputs_are_no_nodes() -> None:
     entry = entry_of(_exported(0), "output:y", (), None)
     assert "place" not in entry
+
+
+CHAIN = "g (float[N, 8] x) => (float[N, 8] r5) { FRONT m0 = MatMul(q, w) r0 = Relu(m0) m1 = MatMul(r0, w) r1 = Relu(m1) m2 = MatMul(r1, w) r2 = Relu(m2) m3 = MatMul(r2, w) r5 = Relu(m3) }"
+
+
+@pytest.mark.parametrize("kept", [["m2"], ["m1", "m2"], ["r2"]])
+def test_a_name_that_means_another_node_of_the_same_kind_is_seen(kept: list[str]) -> None:
+    """Two nodes more at the front move each number by two, onto a node that looks the same."""
+    entries = _entries(_exported(0, CHAIN.replace("FRONT", "q = Neg(x)")), *kept)
+    index = _exported(0, CHAIN.replace("FRONT", "p = Neg(x) o = Neg(p) q = Neg(o)"))
+    assert _outputs(index, rematch(index, entries)) == set(kept)
+    assert all("(was " in note for _, note in rematch(index, entries))
+
+
+@pytest.mark.parametrize("kept", [["m2"], ["m1", "r2"]])
+def test_nodes_at_the_end_move_nothing(kept: list[str]) -> None:
+    entries = _entries(_exported(0, CHAIN.replace("FRONT", "q = Neg(x)")), *kept)
+    index = _exported(0, CHAIN.replace("FRONT", "q = Neg(x)").replace("r5 = Relu(m3)", "e = Exp(m3) r5 = Relu(e)"))
+    assert _outputs(index, rematch(index, entries)) == set(kept)
+    assert not any("(was " in note for _, note in rematch(index, entries))
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ({"keep": [{"op": "MatMul"}]}, '"keep"'),
+        ({"keep": [None]}, '"keep"'),
+        ({"keep": [5]}, '"keep"'),
+        ({"keep": None}, '"keep"'),
+        ({"keep": "a"}, '"keep"'),
+        ({"keep": [], "float_io": [{"reason": "x"}]}, '"float_io"'),
+        ({"keep": [], "float_io": None}, '"float_io"'),
+    ],
+)
+def test_an_edited_file_that_names_nothing_is_refused(document: dict[str, object], words: str, tmp_path: Path) -> None:
+    path = tmp_path / "keep.json"
+    path.write_text(json.dumps({"format": FORMAT, **document}), encoding="utf-8")
+    read = float_io_in if "float_io" in document else lambda arguments: patterns_for(_exported(0), arguments)
+    with pytest.raises(KeepListError, match=words):
+        read([f"@{path}"])
