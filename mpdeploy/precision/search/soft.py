@@ -135,10 +135,13 @@ def prove(
         proofs.on_part()
     proofs.on_all()
     for _ in range(REVISIONS):
-        have_gone = proofs.join()
+        have_gone = False
+        while proofs.join():
+            have_gone = True
         if not proofs.revise() and not have_gone:
             break
         proofs.on_all()
+    proofs.join()
     proofs.give_up()
     proofs.name()
     return proofs.kept, sorted(proofs.found.values(), key=lambda proof: -_sortable(proof.drift_without))
