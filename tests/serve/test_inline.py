@@ -145,8 +145,9 @@ def test_the_engine_s_thread_leaves_quick_batches_that_queued_while_it_was_busy(
     assert asyncio.run(main()) == [False, True, True]
 
 
-def test_other_connections_are_heard_between_two_batches(sums):
+def test_other_connections_are_heard_between_two_batches(sums, monkeypatch):
     """200 requests wait; what is called meanwhile must not wait for all of them."""
+    monkeypatch.setattr(versions, "COMPUTE_SHARE", 0)  # how many are computed in between must not depend on the machine
 
     async def main():
         async with managed(sums, inline_ms=LONG_MS) as manager:
