@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,6 +29,8 @@ from mpdeploy.serve.messages import (
     UnavailableServeError,
 )
 from mpdeploy.serve.options import ModelOptions, ServerOptions
+
+HELD_S = 20
 
 
 @asynccontextmanager
@@ -54,27 +56,31 @@ def sums(tmp_path_factory) -> Path:
     return make_run(tmp_path_factory.mktemp("sums") / "run", checksum_model(), engines=("onnxruntime", "openvino"))
 
 
-def blocked(manager: ModelManager) -> Callable[[], None]:
-    """Hold the engine's thread before its next run; returns what lets it go on."""
+def blocked(manager: ModelManager) -> tuple[Callable[[], None], Callable[[], Awaitable[None]]]:
+    """Hold the engine's thread before its next run; returns what lets it go on, and what waits until it is there, its batch in hand."""
     instance = manager.versions()[0]._instances[0]
-    gate, run = threading.Event(), instance._run
+    gate, there, run = threading.Event(), threading.Event(), instance._run
 
     def wait(*arguments):
-        gate.wait(20)
+        there.set()
+        gate.wait(HELD_S)
         return run(*arguments)
 
+    async def entered() -> None:
+        assert await asyncio.to_thread(there.wait, HELD_S)
+
     instance._run = wait
-    return gate.set
+    return gate.set, entered
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_every_request_gets_its_own_answer_from_a_shared_batch(sums, engine):
     async def main():
         async with managed(sums, engine=engine) as manager:
-            release = blocked(manager)
+            release, entered = blocked(manager)
             feeds = [x(seed, rows=1 + seed % 5) for seed in range(60)]
             tasks = [asyncio.create_task(ask(manager, feed, id=str(i))) for i, feed in enumerate(feeds)]
-            await asyncio.sleep(0.05)
+            await entered()
             release()
             answers = await asyncio.gather(*tasks)
             return feeds, answers, manager.versions()[0].statistics
@@ -128,11 +134,11 @@ def test_a_poisoned_request_fails_alone(tmp_path):
 
     async def main():
         async with managed(run) as manager:
-            release = blocked(manager)
+            release, entered = blocked(manager)
             ids = [np.array([[i, i + 1]], np.int64) for i in range(8)]
             ids[5] = np.array([[3, 99]], np.int64)  # not in the table: ONNX Runtime refuses the whole batch
             tasks = [asyncio.create_task(ask(manager, {"ids": each})) for each in ids]
-            await asyncio.sleep(0.05)
+            await entered()
             release()
             return ids, await asyncio.gather(*tasks, return_exceptions=True), manager.versions()[0]
 
@@ -152,11 +158,11 @@ def test_a_poisoned_request_fails_alone(tmp_path):
 def test_a_full_queue_refuses_and_says_when_to_come_back(sums):
     async def main():
         async with managed(sums, max_queue=10) as manager:
-            release = blocked(manager)
+            release, entered = blocked(manager)
             first = asyncio.create_task(ask(manager, x(0)))
-            await asyncio.sleep(0.05)  # the engine holds it, and the queue is empty again
+            await entered()  # the queue is empty again
             tasks = [asyncio.create_task(ask(manager, x(seed))) for seed in range(15)]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)
             release()
             return await asyncio.gather(first, *tasks, return_exceptions=True), manager.versions()[0]
 
@@ -171,14 +177,14 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(sums):
 def test_who_has_gone_or_waited_too_long_is_not_computed(sums):
     async def main():
         async with managed(sums) as manager:
-            release = blocked(manager)
+            release, entered = blocked(manager)
             first = asyncio.create_task(ask(manager, x(0)))
-            await asyncio.sleep(0.03)
+            await entered()
             late = asyncio.create_task(ask(manager, x(1), deadline=time.monotonic() + 0.05))
             gone = asyncio.create_task(ask(manager, x(2), cancelled=lambda: True))
             cut = asyncio.create_task(ask(manager, x(3)))
             fine = asyncio.create_task(ask(manager, x(4)))
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0)
             cut.cancel()
             begin = time.monotonic()
             with pytest.raises(DeadlineError):  # it is told so while the engine is still busy
@@ -192,7 +198,7 @@ def test_who_has_gone_or_waited_too_long_is_not_computed(sums):
             return told, done, version.statistics
 
     told, (first, gone, cut, fine), statistics = asyncio.run(main())
-    assert told < 1.0
+    assert told < HELD_S / 2
     assert isinstance(gone, CancelledRequestError)
     assert isinstance(cut, asyncio.CancelledError)
     assert first.outputs
@@ -205,10 +211,13 @@ def test_who_has_gone_or_waited_too_long_is_not_computed(sums):
 def test_a_request_that_the_engine_holds_too_long_is_told_so(sums):
     async def main():
         async with managed(sums) as manager:
-            release = blocked(manager)
-            begin = time.monotonic()
+            release, entered = blocked(manager)
+            asked = asyncio.create_task(ask(manager, x(0), deadline=time.monotonic() + 60))
+            await entered()
+            (item,) = manager.versions()[0]._instances[0].running
+            item.deadline = begin = time.monotonic()
             with pytest.raises(DeadlineError):
-                await ask(manager, x(0), deadline=begin + 0.1)
+                await asked
             seconds = time.monotonic() - begin
             release()
             while manager.versions()[0].pending:
@@ -217,7 +226,7 @@ def test_a_request_that_the_engine_holds_too_long_is_told_so(sums):
             return seconds, answer
 
     seconds, answer = asyncio.run(main())
-    assert seconds < 1.0
+    assert seconds < HELD_S / 2
     assert answer.outputs["y"].shape == (1, 16)
 
 
@@ -240,10 +249,10 @@ def test_shapes_decide_who_shares_a_batch(tmp_path):
 
     async def main():
         async with managed(run) as manager:
-            release = blocked(manager)
+            release, entered = blocked(manager)
             feeds = [{"ids": np.full((1, 3 + i % 3), i, np.float32)} for i in range(30)]
             tasks = [asyncio.create_task(ask(manager, feed)) for feed in feeds]
-            await asyncio.sleep(0.05)
+            await entered()
             release()
             return feeds, await asyncio.gather(*tasks), manager.versions()[0].statistics
 

@@ -133,11 +133,11 @@ def test_the_engine_s_thread_leaves_quick_batches_that_queued_while_it_was_busy(
             for rows in (32, 8):
                 await ask(manager, x(rows, rows=rows))
             where = watched(manager)
-            release = blocked(manager)
+            release, entered = blocked(manager)
             first = asyncio.create_task(ask(manager, x(0)))  # of an unknown size
-            await asyncio.sleep(0.05)
+            await entered()
             tasks = [asyncio.create_task(ask(manager, x(seed))) for seed in range(40)]
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0)
             release()
             await asyncio.gather(first, *tasks)
             return where

@@ -67,10 +67,10 @@ def run(tmp_path_factory):
 def test_texts_of_different_lengths_share_a_batch_and_get_their_own_answers(run, engine):
     async def main():
         async with managed(run, engine=engine, pad=(("sequence", (8, 16)),)) as manager:
-            release = blocked(manager)
+            release, entered = blocked(manager)
             feeds = [text(seed, 1 + seed % 16, rows=1 + seed % 2) for seed in range(32)]
             tasks = [asyncio.create_task(ask(manager, feed)) for feed in feeds]
-            await asyncio.sleep(0.05)
+            await entered()
             release()
             version = manager.versions()[0]
             return feeds, await asyncio.gather(*tasks), version.statistics, version.metadata.notes
