@@ -13,12 +13,13 @@ from served import checksum_model, make_run, table_model
 from test_batching import ask, blocked, managed, x
 
 from mpdeploy.errors import UsageError
+from mpdeploy.serve import instance as instances
 from mpdeploy.serve import loading
 from mpdeploy.serve import version as versions
 from mpdeploy.serve.messages import CancelledRequestError, ModelFailedError, UnavailableServeError
 from mpdeploy.serve.options import ModelOptions
 
-LONG_MS = 1000.0  # longer than anything here takes on a busy machine
+LONG_MS = 60_000.0  # longer than anything here takes on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +80,28 @@ def test_what_is_not_quick_or_wanted_elsewhere_stays_on_the_engine_s_thread(sums
     assert not any(asyncio.run(main()))
 
 
-def test_a_model_that_became_slow_leaves_the_event_loop_and_comes_back(sums):
+def test_a_model_that_became_slow_leaves_the_event_loop_and_comes_back(sums, monkeypatch):
+    now_ns, takes_ms = time.monotonic_ns(), 1
+
     async def main():
+        nonlocal takes_ms
         async with managed(sums, inline_ms=10.0) as manager:
             where, instance = watched(manager), manager.versions()[0]._instances[0]
             infer = instance._runner.infer
 
-            def slow(feeds):
-                time.sleep(0.3)
+            def timed(feeds):
+                nonlocal now_ns
+                now_ns += takes_ms * 1_000_000
                 return infer(feeds)
 
+            instance._runner.infer = timed
+            monkeypatch.setattr(instances, "time", SimpleNamespace(monotonic_ns=lambda: now_ns))
             for seed in range(20):
                 await ask(manager, x(seed))
-            quick = where[-1]
-            instance._runner.infer = slow
+            quick, takes_ms = where[-1], 300
             for seed in range(3):
                 await ask(manager, x(seed))
-            instance._runner.infer = infer
+            takes_ms = 1
             for seed in range(20):
                 await ask(manager, x(seed))
             return quick, where[20:23], where[-1]
@@ -257,15 +263,13 @@ def test_an_engine_whose_work_breaks_off_is_told_at_once_and_is_not_ready(sums):
             ready = manager.ready("m")
             with pytest.raises(UnavailableServeError):
                 await ask(manager, x(2))
-            begin = time.monotonic()
-            closed = await manager.versions()[0].close(5)
-            return ready, manager.versions()[0].pending, closed, time.monotonic() - begin
+            closed = await manager.versions()[0].close(20)
+            return ready, manager.versions()[0].pending, closed
 
-    ready, pending, closed, seconds = asyncio.run(main())
+    ready, pending, closed = asyncio.run(main())
     assert not ready
     assert pending == 0
     assert closed
-    assert seconds < 5
 
 
 def test_no_request_is_lost_when_a_version_closes(sums):
