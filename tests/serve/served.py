@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,14 @@ def _random_samples(model: OnnxModel, lengths: Mapping[str, tuple[int, ...]]) ->
         else:
             found[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
     return found
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Wait until it holds: how long that takes is a busy machine's business."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # -- a server in a process of its own ----------------------------------------------------------------------------------
