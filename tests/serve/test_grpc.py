@@ -24,6 +24,7 @@ import pytest
 pytest.importorskip("grpc_tools")
 tritonclient = pytest.importorskip("tritonclient.grpc")
 import grpc  # noqa: E402
+from served import wait_for  # noqa: E402
 from tritonclient.grpc import service_pb2, service_pb2_grpc  # noqa: E402
 from tritonclient.utils import InferenceServerException  # noqa: E402
 
@@ -434,10 +435,9 @@ def test_tritons_timeout_is_a_deadline_too_and_the_sooner_counts(client, door, t
 
 def test_a_call_that_is_cancelled_is_cancelled_in_the_manager(stub, door):
     door.manager.cancelled.clear()
+    door.manager.requests.clear()
     call = stub.ModelInfer.future(service_pb2.ModelInferRequest(model_name="slow"))
-    end = time.monotonic() + 10
-    while not (door.manager.requests and door.manager.requests[-1].model_name == "slow") and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for(lambda: door.manager.requests)
     assert not door.manager.requests[-1].cancelled()
     call.cancel()
     assert door.manager.cancelled.wait(10)
@@ -470,15 +470,21 @@ def test_a_stream_answers_in_order_and_goes_on_after_an_error(door):
 
 def test_a_stream_that_is_cut_off_leaves_nothing_running(door):
     door.manager.cancelled.clear()
+    door.manager.requests.clear()
+    cut = threading.Event()
 
     def requests() -> Iterator[Any]:
         yield service_pb2.ModelInferRequest(model_name="slow")
-        time.sleep(0.5)
+        cut.wait(60)
 
     with grpc.insecure_channel(door.address) as channel:
         call = service_pb2_grpc.GRPCInferenceServiceStub(channel).ModelStreamInfer(requests())
-        time.sleep(0.2)
-        call.cancel()
+        try:
+            wait_for(lambda: door.manager.requests)
+            assert not door.manager.cancelled.is_set()
+        finally:
+            call.cancel()
+            cut.set()
     assert door.manager.cancelled.wait(10)
 
 
@@ -525,9 +531,7 @@ def test_calls_beyond_the_limit_are_refused(open_door):
     with grpc.insecure_channel(narrow.address) as channel:
         service = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         first = service.ModelInfer.future(service_pb2.ModelInferRequest(model_name="slow"))
-        end = time.monotonic() + 10
-        while not narrow.manager.requests and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for(lambda: narrow.manager.requests)
         with pytest.raises(grpc.RpcError) as caught:
             service.ServerLive(service_pb2.ServerLiveRequest())
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -541,9 +545,7 @@ def test_messages_in_progress_are_limited_in_bytes_and_given_back(open_door):
         for _ in range(5):  # more in all than the limit, one after the other
             asking.infer("echo", [half])
         slow = [asking.async_infer("slow", [half], lambda result, error: None) for _ in range(1)]
-        end = time.monotonic() + 10
-        while narrow.manager.requests[-1].model_name != "slow" and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for(lambda: narrow.manager.requests[-1].model_name == "slow")
         with pytest.raises(InferenceServerException) as caught:
             asking.infer("echo", [half])
         assert caught.value.status() == "StatusCode.RESOURCE_EXHAUSTED"
@@ -560,9 +562,7 @@ def test_a_stop_answers_what_is_in_progress(open_door):
         request = service_pb2.ModelInferRequest(model_name="slow", id="last")
         request.parameters["seconds"].double_param = 0.3
         call = service.ModelInfer.future(request)
-        end = time.monotonic() + 10
-        while not closing.manager.requests and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for(lambda: closing.manager.requests)
         closing.stop(grace=10)
         assert call.result(timeout=10).id == "last"
 
