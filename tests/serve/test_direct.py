@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import checksum_model, decode_answer, infer, make_run, mlp_model, serving
+from served import checksum_model, decode_answer, infer, make_run, mlp_model, serving, wait_for
 
 from mpdeploy.serve import direct, protocol
 from mpdeploy.serve.connection import READ_TIMEOUT_S, connection_class
@@ -162,8 +162,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     run = make_run(tmp_path / "run", mlp_model((16, 4)), name="small")
     with serving(run, "--drain-s", 60) as served, socket.create_connection((served.host, served.port), timeout=20):
         served.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        begin = time.monotonic()
+        wait_for(lambda: "stopping" in served.log.read_text())
         served.process.send_signal(signal.SIGTERM)
         served.process.wait(20)
         assert time.monotonic() - begin < 10  # without it: the 60 seconds of --drain-s
