@@ -258,23 +258,25 @@ def test_strangers_heads_are_not_kept_for_ever(monkeypatch):
 
 def test_several_processes_share_the_grpc_port(run):
     pytest.importorskip("grpc_tools")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
 
-    async def open_twice(workers: int) -> None:
-        options = ServerOptions(run=run, grpc_port=port, workers=workers)
+    async def open_twice(port: int, workers: int) -> None:
         doors = []
         try:
-            doors = [await _start_grpc(SimpleNamespace(), options)]
-            doors.append(await _start_grpc(SimpleNamespace(), options))
+            for _ in range(2):
+                options = ServerOptions(run=run, grpc_port=port, workers=workers)
+                doors.append(await _start_grpc(SimpleNamespace(), options))
+                port = doors[-1].port
         finally:
             for door in doors:
                 await door.stop(0)
+        assert [door.port for door in doors] == [port, port]
 
-    asyncio.run(open_twice(2))
+    with socket.socket() as probe:  # holds the port, and listens not
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        probe.bind(("127.0.0.1", 0))
+        asyncio.run(open_twice(probe.getsockname()[1], 2))
     with pytest.raises(Exception, match="cannot be opened"):
-        asyncio.run(open_twice(1))
+        asyncio.run(open_twice(0, 1))
 
 
 # -- who may take the short way ----------------------------------------------------------------------------------------
