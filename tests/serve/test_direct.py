@@ -151,10 +151,7 @@ def test_who_leaves_in_the_middle_of_a_body_holds_nothing(server):
     for _ in range(20):
         with socket.create_connection((server.host, server.port), timeout=20) as connection:
             connection.sendall(request_bytes(8)[:-100])
-    deadline = time.monotonic() + 10
-    while "mpdeploy_inflight_bytes 0.0" not in server.get("/metrics").decode():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: "mpdeploy_inflight_bytes 0.0" in server.get("/metrics").decode())
     assert server.infer(x(1))[0] == 200
 
 
@@ -164,8 +161,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         served.process.send_signal(signal.SIGTERM)
         wait_for(lambda: "stopping" in served.log.read_text())
         served.process.send_signal(signal.SIGTERM)
-        served.process.wait(20)
-        assert time.monotonic() - begin < 10  # without it: the 60 seconds of --drain-s
+        served.process.wait(30)  # without it: the 60 seconds of --drain-s
 
 
 def test_a_run_that_changes_is_loaded_by_itself_with_watch(tmp_path):
@@ -174,7 +170,7 @@ def test_a_run_that_changes_is_loaded_by_itself_with_watch(tmp_path):
         make_run(tmp_path / "next", mlp_model((16, 4), scale=2.0), name="small")
         run.rename(tmp_path / "old")
         (tmp_path / "next").rename(run)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         with contextlib.closing(served.connect()) as connection:
             while infer(connection, served.path, x(1))[0] == 200 and served.get(served.path)["versions"] != ["2"]:
                 assert time.monotonic() < deadline
