@@ -12,11 +12,11 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from served import infer, make_run, mlp_model, serving
+from served import infer, make_run, mlp_model, serving, wait_for
 
 from mpdeploy.errors import UsageError
 from mpdeploy.serve.logs import AccessLog, JsonFormatter
@@ -213,16 +213,25 @@ def test_every_request_has_its_span_at_the_collector(tmp_path):
     messages = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
     run = make_run(tmp_path / "run", mlp_model((16, 4)), name="small")
     with collecting(hangs=False) as (url, bodies):
-        with serving(run, "--otlp-endpoint", url) as served, contextlib.closing(served.connect()) as connection:
-            for index in range(200):
-                shape = (1, 16 if index % 10 else 5)
-                infer(connection, served.path, {"x": np.zeros(shape, np.float32)})
-        spans = []
-        for body in bodies:
-            sent = messages.ExportTraceServiceRequest.FromString(body)
-            spans += [
-                span for resource in sent.resource_spans for scope in resource.scope_spans for span in scope.spans
+
+        def collected() -> list[Any]:
+            sent = [messages.ExportTraceServiceRequest.FromString(body) for body in bodies]
+            return [
+                span
+                for each in sent
+                for resource in each.resource_spans
+                for scope in resource.scope_spans
+                for span in scope.spans
             ]
+
+        often = {"OTEL_BSP_SCHEDULE_DELAY": "200"}  # ms
+        with serving(run, "--otlp-endpoint", url, env=often) as served:
+            with contextlib.closing(served.connect()) as connection:
+                for index in range(200):
+                    shape = (1, 16 if index % 10 else 5)
+                    infer(connection, served.path, {"x": np.zeros(shape, np.float32)})
+            wait_for(lambda: len(collected()) >= 200)  # before the end, which does not wait for a collector that is late
+        spans = collected()
     assert {span.name for span in spans} == {"infer small"}
     assert [len(spans), sum(span.status.code == 2 for span in spans)] == [200, 20], "those with an error say so"
 
@@ -243,8 +252,9 @@ def test_a_collector_that_takes_nothing_holds_up_neither_requests_nor_the_end(tm
             served.process.send_signal(signal.SIGTERM)
             assert served.process.wait(40) == 0
             assert time.monotonic() - begin < 15  # OpenTelemetry alone: 30 seconds
-            for line in served.log.read_text().splitlines():
-                json.loads(line)
+            said = [json.loads(line)["message"] for line in served.log.read_text().splitlines()]
+            if kind == "hangs":
+                assert any("took none" in message for message in said)
 
 
 @pytest.mark.parametrize(
