@@ -60,6 +60,7 @@ WATCHED = """
 import sys, time
 from standstill import Standstills
 with Standstills(None) as stood:
+    time.sleep(0.3)  # its threads have begun, too
     begin = time.monotonic()
     print("begun", flush=True)
     sys.stdin.readline()
