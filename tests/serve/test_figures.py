@@ -230,7 +230,9 @@ def test_every_request_has_its_span_at_the_collector(tmp_path):
                 for index in range(200):
                     shape = (1, 16 if index % 10 else 5)
                     infer(connection, served.path, {"x": np.zeros(shape, np.float32)})
-            wait_for(lambda: len(collected()) >= 200)  # before the end, which does not wait for a collector that is late
+            wait_for(
+                lambda: len(collected()) >= 200
+            )  # before the end, which does not wait for a collector that is late
         spans = collected()
     assert {span.name for span in spans} == {"infer small"}
     assert [len(spans), sum(span.status.code == 2 for span in spans)] == [200, 20], "those with an error say so"
