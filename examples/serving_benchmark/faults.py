@@ -2,7 +2,7 @@
 
 python faults.py overload [--seconds 60]     ten times what the server can compute: memory, deadlines, no answer lost or swapped
 python faults.py kill                        one of two processes is killed with SIGKILL, again and again, under load
-python faults.py reload                      the run is loaded again and again under load
+python faults.py reload                      two runs of the model are loaded in turns, again and again under load
 python faults.py fuzz [--count 100000]       mutated requests, at the codecs and at a live server: no crash, no 500
 python faults.py soak [--minutes 10]         steady load; resident memory over time
 
@@ -253,14 +253,25 @@ def segments_resent() -> int | None:
 
 def answered_after(port: int, seconds: float) -> int:
     """Requests that the server itself says it answered later than that."""
+    counts = counted(port, "mpdeploy_request_duration_seconds_bucket", "le")
+    return round(counts["+Inf"] - counts[str(seconds)])
+
+
+def answers_by_version(port: int) -> dict[str, int]:
+    """Version -> requests that the server says it answered, those that have drained too."""
+    counts = counted(port, "nv_inference_request_success", "version")
+    return {number: round(counts[number]) for number in sorted(counts, key=int)}
+
+
+def counted(port: int, metric: str, label: str) -> dict[str, float]:
+    """Value of a label -> what the server counts."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
         lines = response.read().decode().splitlines()
-    counts = {
-        line.partition('le="')[2].partition('"')[0]: float(line.rsplit(" ", 1)[1])
+    return {
+        line.partition(f'{label}="')[2].partition('"')[0]: float(line.rsplit(" ", 1)[1])
         for line in lines
-        if line.startswith("mpdeploy_request_duration_seconds_bucket")
+        if line.startswith(f"{metric}{{")
     }
-    return round(counts["+Inf"] - counts[str(seconds)])
 
 
 async def kill(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -301,18 +312,41 @@ def _workers(pid: int) -> list[int]:
 
 
 async def reload(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Version after version under load: not one request fails."""
-    with serving(folder, "sums") as (_, port, _):
-        tally, control, versions = Tally(), Client(port, Tally(), 0, "sums"), 1
+    """Version after version under load, from two runs in turns: not one request fails, and the server counts answers of each version."""
+    connections, fewest = 16, 3
+    make_run(folder / "again", "sums")
+    with serving(folder, "sums", "--repository", folder) as (_, port, _):
+        tally, control, loads = Tally(), Client(port, Tally(), 0, "sums"), []
         end = time.monotonic() + arguments.seconds
-        asking = [asyncio.ensure_future(until(end, Client(port, tally, seed, "sums").ask)) for seed in range(16)]
-        while time.monotonic() < end - 0.5:
-            await asyncio.sleep(0.3)
-            status, _, _ = await control.send("/v2/repository/models/sums/load", b"{}", {})
-            versions += status == 200
+
+        async def ask(client: Client) -> None:
+            while not done.is_set():
+                await client.ask()
+
+        async def further_answers() -> None:
+            """Until one at least was asked for after this call: each connection waits for a single answer."""
+            so_far = tally.statuses[200]
+            while tally.statuses[200] <= so_far + connections and not all(job.done() for job in asking):
+                await asyncio.sleep(0.05)
+
+        done = asyncio.Event()
+        asking = [asyncio.ensure_future(ask(Client(port, tally, seed, "sums"))) for seed in range(connections)]
+        await further_answers()
+        while time.monotonic() < end or len(loads) < fewest:
+            run = ("again", "sums")[len(loads) % 2]
+            body = json.dumps({"parameters": {"run": run}}).encode()
+            loads.append((await control.send("/v2/repository/models/sums/load", body, {}))[0])
+            await further_answers()
+        done.set()
         await asyncio.gather(*asking)
-        good = set(tally.statuses) == {200} and not tally.swapped and not tally.lost and versions > 2
-        return {"versions": versions, **tally.to_json(), "ok": good}
+        by_version = answers_by_version(port)
+        good = set(tally.statuses) == {200} and not tally.swapped and not tally.lost and set(loads) == {200}
+        return {
+            "loads": len(loads), "versions": sum(count > 0 for count in by_version.values()),
+            "fewest_answers_of_a_version": min(by_version.values()), **tally.to_json(),
+            "ok": good and list(by_version) == [str(number) for number in range(1, len(loads) + 2)]
+            and min(by_version.values()) > 0 and sum(by_version.values()) == tally.statuses[200],
+        }  # fmt: skip
 
 
 async def soak(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
