@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from mpdeploy.serve.metrics import model_key, models_in, of_model
 from mpdeploy.serve.options import ServerOptions
 from mpdeploy.serve.repository import Repository, default_name, digest, stamp_of
 from mpdeploy.serve.selection import Candidate, Selection
-from mpdeploy.serve.shared import Counts, Shared, Wanted
+from mpdeploy.serve.shared import Counts, Shared
 from mpdeploy.serve.statistics import triton_statistics
 from mpdeploy.serve.version import Version
 from mpdeploy.serve.watching import watchers_of
@@ -35,6 +37,8 @@ log = logging.getLogger("mpdeploy.serve")
 TICK_S = 0.05
 PUBLISH_EVERY = 10
 """Ticks between two looks at what the processes share."""
+RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Pauses before what could not be loaded is tried again."""
 
 
 class ModelManager:
@@ -60,10 +64,10 @@ class ModelManager:
         self._gauges = gauges or dict
         self._versions: dict[str, Version] = {}
         self._failed: dict[str, str] = {}
-        self._digests: dict[str, str] = {}
         self._draining: list[tuple[str, Version]] = []
         self._retired: Counts = {}
         self._generation = 0
+        self._following: asyncio.Task[None] | None = None
         self._started = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stamp: Any = None
@@ -207,7 +211,7 @@ class ModelManager:
                 raise UnavailableServeError(f"{name} cannot be loaded: {error.message}") from error
             self._put(name, version)
             models[name] = model
-            self._generation = self.shared.publish(models).generation
+            self._publish(models)
 
     async def unload(self, name: str) -> None:
         """Stop serving a model, once its requests have been answered.
@@ -221,7 +225,7 @@ class ModelManager:
                 raise self._unknown(name, None)
             models = dict(self.shared.wanted().models)
             models.pop(name, None)
-            self._generation = self.shared.publish(models).generation
+            self._publish(models)
             self._retire(name)
 
     async def reload(self) -> None:
@@ -259,7 +263,7 @@ class ModelManager:
         version = await load_version(
             name, int(model["version"]), path, options, share=self.options.workers, watchers=self._watchers
         )
-        self._digests[name] = found
+        version.digest = found
         return version
 
     def _watchers(self, selection: Selection, candidate: Candidate) -> tuple[Watcher, ...]:
@@ -278,7 +282,6 @@ class ModelManager:
 
     def _retire(self, name: str) -> None:
         version = self._versions.pop(name)
-        self._digests.pop(name, None)
         self._drain(name, version)
 
     def _drain(self, name: str, version: Version) -> None:
@@ -297,7 +300,7 @@ class ModelManager:
         """What to load, or None where nothing changed."""
         model = self._repository.asked(name, parameters, current)
         again = current is not None and (model["run"], model["engine"]) == (current["run"], current.get("engine"))
-        if again and name in self._versions and self._digests.get(name) == digest(Path(model["run"])):
+        if again and name in self._versions and self._versions[name].digest == digest(Path(model["run"])):
             return None
         seen = [int(number) for each, number in models_in(self.all_counts()) if each == name]
         model["version"] = max([int((current or {}).get("version", 0)), *seen], default=0) + 1
@@ -317,10 +320,17 @@ class ModelManager:
             return UnknownModelError(f"model '{name}' has no version {str(version)[:40]!r}; {found} is served")
         return UnknownModelError(f"there is no model {name[:80]!r}; loaded: {', '.join(self._versions) or 'none'}")
 
-    def _keep(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _keep(self, coroutine: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _publish(self, models: Mapping[str, dict[str, Any]]) -> None:
+        up_to_date = self._generation == self.shared.wanted().generation
+        generation = self.shared.publish(models).generation
+        if up_to_date:  # else `_follow` sees to what the other processes have changed before
+            self._generation = generation
 
     async def _tick(self) -> None:
         count = 0
@@ -333,27 +343,47 @@ class ModelManager:
                 if count % PUBLISH_EVERY == 0:
                     if not self.shared.alone:
                         self.shared.write_counts(self.counts())
-                        wanted = self.shared.wanted()
-                        if wanted.generation > self._generation:
-                            self._generation = wanted.generation
-                            self._keep(self._follow(wanted))
+                        behind = self.shared.wanted().generation > self._generation
+                        if behind and (self._following is None or self._following.done()):
+                            self._following = self._keep(self._follow())
                     if self.options.watch:
                         self._watch()
             except Exception:
                 log.exception("a fault of the server's own housekeeping")
 
-    async def _follow(self, wanted: Wanted) -> None:
-        """Serve what another process was told to serve."""
-        for name, model in wanted.models.items():
-            serving = self._versions.get(name)
-            if serving is None or int(serving.number) != int(model["version"]):
-                try:
-                    self._put(name, await self._load(name, model))
-                except MpdeployError as error:
-                    self._failed[name] = error.message
-                    log.error("%s %s cannot be loaded here: %s", name, model["version"], error.message)
-        for name in set(self._versions) - set(wanted.models):
-            self._retire(name)
+    async def _follow(self) -> None:
+        """Serve what another process was told to serve; what cannot be loaded here is tried again, after pauses."""
+        pauses = chain(RETRY_S, repeat(RETRY_S[-1]))
+        while (wanted := self.shared.wanted()).generation > self._generation:
+            loaded = [await self._load_wanted(name, model) for name, model in wanted.models.items()]
+            if self.shared.wanted().generation != wanted.generation:
+                continue
+            for name in set(self._versions) - set(wanted.models):
+                self._retire(name)
+            if all(loaded):
+                self._generation = wanted.generation
+                return
+            until = time.monotonic() + next(pauses)
+            while time.monotonic() < until and self.shared.wanted().generation == wanted.generation:
+                await asyncio.sleep(TICK_S)
+
+    async def _load_wanted(self, name: str, model: Mapping[str, Any]) -> bool:
+        """Serve this version, unless another is wanted once it is loaded; False where it cannot be loaded."""
+        serving = self._versions.get(name)
+        if serving is not None and int(serving.number) == int(model["version"]):
+            return True
+        try:
+            version = await self._load(name, model)
+        except MpdeployError as error:
+            self._failed[name] = error.message
+            log.error("%s %s cannot be loaded here: %s", name, model["version"], error.message)
+            return False
+        if self.shared.wanted().models.get(name) == model:
+            self._put(name, version)
+        else:
+            version.serve()
+            await version.close(self.options.stop_s)
+        return True
 
     def _watch(self) -> None:
         """Load again what changed, once it has been still between two looks."""

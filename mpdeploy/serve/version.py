@@ -81,6 +81,7 @@ class Version:
         self.statistics = Statistics()
         self.options = options
         self.watchers = watchers
+        self.digest = ""  # of its run, when it was loaded
         self.pending = 0
         self.dead: str | None = None
         self.closing = False
