@@ -27,8 +27,11 @@ log = logging.getLogger("mpdeploy.serve")
 class Watcher(Protocol):
     """Sees some of what an engine computes: the shadow comparison, the recorder."""
 
-    def offer(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array], rows: int) -> None:
-        """Called on the engine's thread after the answers have left; must not block. The arrays must not be changed."""
+    def offer(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array], rows: int, *, batched: bool) -> None:
+        """Called on the engine's thread after the answers have left; must not block. The arrays must not be changed.
+
+        Where the model is not `batched`, they are those of one request, and its first axis means nothing.
+        """
 
     def figures(self) -> dict[str, float]:
         """Counters and gauges for the metrics."""
@@ -148,9 +151,9 @@ class Instance:
         else:
             deliver(done)
         self.running = []
-        if outputs is not None:
+        if outputs is not None and self._contract is not None:
             for watcher in self._watchers:
-                watcher.offer(feeds, outputs, done.rows)
+                watcher.offer(feeds, outputs, done.rows, batched=self._contract.batched)
 
     def _run(self, batch: list[Item]) -> tuple[dict[str, Array], dict[str, Array] | None, Done]:
         contract = self._contract

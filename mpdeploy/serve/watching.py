@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,8 +37,13 @@ SAMPLES_A_FILE = 32
 FLUSH_S = 60.0
 _END = object()
 
-Seen = tuple[dict[str, Array], dict[str, Array]]
-"""One sample: its inputs and the engine's outputs, each with a first axis of length 1 where the model is batched."""
+
+class Seen(NamedTuple):
+    """Inputs and the engine's outputs: of one sample, with a first axis of length 1; of a whole request where none share a batch."""
+
+    feeds: dict[str, Array]
+    outputs: dict[str, Array]
+    batched: bool
 
 
 def watchers_of(selection: Selection, candidate: Candidate, options: ModelOptions) -> tuple[Watcher, ...]:
@@ -77,19 +82,17 @@ class Background:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._begun = False
 
-    def offer(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array], rows: int) -> None:
+    def offer(
+        self, feeds: Mapping[str, Array], outputs: Mapping[str, Array], rows: int, *, batched: bool = True
+    ) -> None:
         """See `Watcher`."""
         if self._random.random() >= self._rate * rows:
             return
         if not self._begun:
             self._begun = True
             self._thread.start()
-        row = self._random.randrange(rows)
-        one = slice(row, row + 1)
-        sample = (
-            {name: array[one].copy() if _has_row(array, row) else array for name, array in feeds.items()},
-            {name: array[one].copy() if _has_row(array, row) else array for name, array in outputs.items()},
-        )
+        row = self._random.randrange(rows) if batched else None
+        sample = Seen(_copied(feeds, row), _copied(outputs, row), batched)
         try:
             self._queue.put_nowait(sample)
         except queue.Full:
@@ -164,7 +167,7 @@ class Shadow(Background):
                 self._compare(runner, sample)
 
     def _compare(self, runner: Runner, sample: Seen) -> None:
-        feeds, answers = sample
+        feeds, answers = sample.feeds, sample.outputs
         try:
             expected = runner.infer(feeds)
         except MpdeployError as error:
@@ -218,6 +221,8 @@ class Shadow(Background):
 class Recorder(Background):
     """Writes a share of the requests as `.npz` files, one array an input: `mpdeploy convert --data FOLDER` reads them.
 
+    A request that shares no batch is a sample, and a file, of its own.
+
     Samples with a NaN are left out: nothing can be calibrated on them.
 
     Args:
@@ -243,17 +248,21 @@ class Recorder(Background):
         while not self.ended:
             sample = self.next(timeout_s=1.0)
             if sample is not None and self.taken < self._most:
-                self._take(sample[0])
+                self._take(sample)
             if time.monotonic() - flushed > FLUSH_S:
                 flushed = time.monotonic()
                 self._flush()
         self._flush()
 
-    def _take(self, feeds: dict[str, Array]) -> None:
+    def _take(self, sample: Seen) -> None:
+        feeds = sample.feeds
         if any(array.dtype.kind == "f" and np.isnan(array).any() for array in feeds.values()):
             self.with_nan += 1
             return
         self.taken += 1
+        if not sample.batched:
+            self._write([feeds])
+            return
         key = tuple(array.shape[1:] for array in feeds.values())
         held = self._waiting.setdefault(key, [])
         held.append(feeds)
@@ -281,5 +290,11 @@ class Recorder(Background):
         return {"recorded/samples": self.written}
 
 
-def _has_row(array: Array, row: int) -> bool:
-    return array.ndim > 0 and len(array) > row
+def _copied(arrays: Mapping[str, Array], row: int | None) -> dict[str, Array]:
+    """One row of each, as far as it has rows; all of it where `row` is None."""
+    if row is None:
+        return {name: array.copy() for name, array in arrays.items()}
+    return {
+        name: array[row : row + 1].copy() if array.ndim > 0 and len(array) > row else array
+        for name, array in arrays.items()
+    }

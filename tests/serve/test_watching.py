@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from served import checksum_model, make_run, mlp_model, wait_for
+from onnx import helper
+from served import FLOAT, checksum_model, make_run, mlp_model, model_of, wait_for
 
 from mpdeploy.artifact import OnnxModel
 from mpdeploy.building import describe_model
@@ -140,3 +141,43 @@ def test_a_shadow_needs_the_fp32_model(tmp_path):
     without = replace(selection, model=None)
     with pytest.raises(UsageError, match="no FP32 model"):
         watchers_of(without, selection.candidates[0], ModelOptions(shadow_rate=0.1))
+
+
+def centred_model():
+    """x [n, 4] -> y = x less the mean over all of the request: samples must not share a batch."""
+    nodes = [helper.make_node("ReduceMean", ["x", "axes"], ["mean"]), helper.make_node("Sub", ["x", "mean"], ["y"])]
+    axes = {"axes": np.array([0], np.int64)}
+    return model_of(nodes, {"x": (FLOAT, ["n", 4])}, {"y": (FLOAT, ["n", 4])}, axes)
+
+
+def fixed_model():
+    """x [6, 4] -> y, a softmax along the first axis."""
+    node = helper.make_node("Softmax", ["x"], ["y"], axis=0)
+    return model_of([node], {"x": (FLOAT, [6, 4])}, {"y": (FLOAT, [6, 4])})
+
+
+@pytest.mark.parametrize("model", [centred_model, fixed_model])
+def test_a_request_that_shares_no_batch_is_compared_and_recorded_whole(tmp_path, model):
+    run = make_run(tmp_path / "run", model(), samples={"x": np.eye(6, 4, dtype=np.float32)})
+    recorded = tmp_path / "recorded"
+    options = ModelOptions(threads=1, shadow_rate=1.0, record=recorded, record_rate=1.0)
+    feeds = [{"x": np.random.default_rng(seed).standard_normal((6, 4)).astype(np.float32)} for seed in range(5)]
+
+    async def main():
+        manager = ModelManager(ServerOptions(run=run, model=options))
+        await manager.start()
+        assert not manager.versions()[0].contract.batched
+        for feed in feeds:
+            await manager.infer(InferRequest("model", None, feed))
+        watchers = manager.versions()[0].watchers
+        await manager.stop()
+        return watchers
+
+    shadow, recorder = asyncio.run(main())
+    wait_for(lambda: shadow.compared + shadow.failed == recorder.written == 5, 60)
+    assert shadow.failed == 0
+    assert shadow.rel_l2 < 1e-6
+    files = [dict(np.load(path)) for path in sorted(recorded.glob("*.npz"))]
+    assert len(files) == len(feeds)
+    for file, feed in zip(files, feeds, strict=True):
+        np.testing.assert_array_equal(file["x"], feed["x"])
