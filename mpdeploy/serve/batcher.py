@@ -243,6 +243,15 @@ class Batcher:
         for wake in idle:
             wake.release()
 
+    def close_and_clear(self) -> list[Item]:
+        """Take no more requests, and take out those that are queued: no engine is left."""
+        with self._lock:
+            items = [item for queue in self._queues.values() for item in queue]
+            self._queues.clear()
+            self._count = 0
+        self.close()
+        return items
+
     def _pop(self) -> tuple[list[Item], list[tuple[Item, ServeError]], int]:
         """A batch from the oldest queue, what need not be computed any more, and how long to wait for a fuller one (ns)."""
         batch: list[Item] = []

@@ -27,6 +27,9 @@ log = logging.getLogger("mpdeploy.serve")
 class Watcher(Protocol):
     """Sees some of what an engine computes: the shadow comparison, the recorder."""
 
+    failed: int
+    """Requests that it should have seen and could not."""
+
     def offer(self, feeds: Mapping[str, Array], outputs: Mapping[str, Array], rows: int, *, batched: bool) -> None:
         """Called on the engine's thread after the answers have left; must not block. The arrays must not be changed.
 
@@ -153,7 +156,12 @@ class Instance:
         self.running = []
         if outputs is not None and self._contract is not None:
             for watcher in self._watchers:
-                watcher.offer(feeds, outputs, done.rows, batched=self._contract.batched)
+                try:
+                    watcher.offer(feeds, outputs, done.rows, batched=self._contract.batched)
+                except Exception:
+                    if not watcher.failed:
+                        log.exception("a fault while a request was sampled; more of them are counted, and not logged")
+                    watcher.failed += 1
 
     def _run(self, batch: list[Item]) -> tuple[dict[str, Array], dict[str, Array] | None, Done]:
         contract = self._contract

@@ -297,12 +297,15 @@ class ModelManager:
     def _next(
         self, name: str, parameters: Mapping[str, Any], current: Mapping[str, Any] | None
     ) -> dict[str, Any] | None:
-        """What to load, or None where nothing changed."""
+        """What to load, or None where nothing changed and its engine lives, in every process."""
         model = self._repository.asked(name, parameters, current)
         again = current is not None and (model["run"], model["engine"]) == (current["run"], current.get("engine"))
-        if again and name in self._versions and self._versions[name].digest == digest(Path(model["run"])):
-            return None
-        seen = [int(number) for each, number in models_in(self.all_counts()) if each == name]
+        serving, counts = self._versions.get(name), self.all_counts()
+        if again and serving is not None:
+            dead = of_model(counts, name, serving.number).get("gauge/dead")
+            if not dead and serving.digest == digest(Path(model["run"])):
+                return None
+        seen = [int(number) for each, number in models_in(counts) if each == name]
         model["version"] = max([int((current or {}).get("version", 0)), *seen], default=0) + 1
         return model
 
@@ -397,7 +400,10 @@ class ModelManager:
 
 
 def _counts_of(name: str, version: Version) -> Counts:
-    flat = version.statistics.to_flat() | {"gauge/pending": version.pending}
+    flat = version.statistics.to_flat() | {
+        "gauge/pending": version.pending,
+        "gauge/dead": float(version.dead is not None),
+    }
     for watcher in version.watchers:
         flat |= watcher.figures()
     return {model_key(name, version.number, key): value for key, value in flat.items()}

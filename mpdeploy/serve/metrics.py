@@ -27,6 +27,7 @@ COUNTERS: dict[str, tuple[str, float, str]] = {
     "mpdeploy_shadow_dropped": ("shadow/dropped", 1, "Sampled requests the shadow comparison had no time for"),
     "mpdeploy_shadow_failed": ("shadow/failed", 1, "Shadow comparisons that the FP32 model could not compute"),
     "mpdeploy_recorded_samples": ("recorded/samples", 1, "Samples written for calibration"),
+    "mpdeploy_recorded_failed": ("recorded/failed", 1, "Sampled requests that could not be written"),
 }
 GAUGES: dict[str, tuple[str, str]] = {
     "nv_inference_pending_request_count": ("gauge/pending", "Requests that are queued or computed now"),

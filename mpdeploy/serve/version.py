@@ -292,6 +292,8 @@ class Version:
             if instance.ended:
                 held, instance.running = instance.running, []
                 self._drop([(item, UnavailableServeError("the engine ended")) for item in held])
+        if all(instance.ended for instance in self._instances):
+            self._drop([(item, UnavailableServeError("the engine ended")) for item in self.batcher.close_and_clear()])
 
     def _encoded(self, outputs: dict[str, Array]) -> dict[str, Array]:
         """Outputs with text as `bytes`."""

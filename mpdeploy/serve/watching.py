@@ -76,6 +76,7 @@ class Background:
 
     def __init__(self, name: str, rate: float) -> None:
         self.dropped = 0
+        self.failed = 0
         self._rate = rate
         self._random = random.Random()  # noqa: S311 - it picks samples, it keeps no secret
         self._queue: queue.Queue[Any] = queue.Queue(MAX_WAITING)
@@ -155,7 +156,6 @@ class Shadow(Background):
         self._name = name
         self._seen: dict[str, deque[tuple[float, float]]] = {}
         self.compared = 0
-        self.failed = 0
         self.alert = False
 
     def work(self) -> None:
@@ -282,12 +282,13 @@ class Recorder(Background):
                 np.savez_compressed(file, allow_pickle=False, **arrays)
         except (MpdeployError, OSError, ValueError) as error:
             log.error("sampled requests cannot be written: %s", error)
+            self.failed += len(samples)
             return
         self.written += len(samples)
 
     def figures(self) -> dict[str, float]:
         """See `Background.figures`."""
-        return {"recorded/samples": self.written}
+        return {"recorded/samples": self.written, "recorded/failed": self.failed}
 
 
 def _copied(arrays: Mapping[str, Array], row: int | None) -> dict[str, Array]:

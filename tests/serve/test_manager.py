@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import threading
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from served import checksum_model, make_run
 
 from mpdeploy.errors import UnavailableError
 from mpdeploy.serve import manager as manager_module
 from mpdeploy.serve.manager import ModelManager
+from mpdeploy.serve.messages import InferRequest, UnavailableServeError
 from mpdeploy.serve.options import ModelOptions, ServerOptions
 from mpdeploy.serve.shared import Shared
+from mpdeploy.serve.watching import Recorder
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,10 @@ async def until(condition, seconds: float = 60) -> None:
 
 def numbers(manager: ModelManager) -> list[str]:
     return [version.number for version in manager.versions()]
+
+
+def ask(manager: ModelManager, rows: int = 1):
+    return manager.infer(InferRequest("m", None, {"x": np.ones((rows, 16), np.float32)}))
 
 
 def test_a_slow_load_of_an_old_version_never_replaces_a_newer_one(runs, tmp_path, monkeypatch):
@@ -112,3 +122,65 @@ def test_a_process_that_loads_one_model_still_follows_the_changes_of_others(runs
             await until(lambda: numbers(second) == ["2"])
 
     asyncio.run(main())
+
+
+def test_an_engine_that_ends_fails_what_is_queued_at_once_and_a_load_replaces_it(runs):
+    async def main():
+        async with managed(runs / "one", model=ModelOptions(threads=1, inline_ms=0)) as manager:
+            version, go = manager.versions()[0], threading.Event()
+
+            def ends(_batch):
+                go.wait(60)
+                raise SystemExit("gone")
+
+            instance = version._instances[0]
+            instance._run = ends
+            held = asyncio.create_task(ask(manager))
+            await until(lambda: instance.running)
+            queued = [asyncio.create_task(ask(manager)) for _ in range(3)]
+            await until(lambda: version.batcher.queued == 3)
+            go.set()
+            errors = await asyncio.gather(held, *queued, return_exceptions=True)
+            assert [(type(error), str(error)) for error in errors] == [(UnavailableServeError, "the engine ended")] * 4
+            assert version.pending == 0
+            with pytest.raises(UnavailableServeError, match="log says why"):
+                await ask(manager)
+            assert not manager.server_ready()
+            await manager.load("m", {})  # of a run that has not changed
+            assert numbers(manager) == ["2"]
+            assert manager.server_ready()
+            assert (await ask(manager)).outputs["total"] == 16
+            await manager.load("m", {})
+            assert numbers(manager) == ["2"]  # that one lives
+
+    asyncio.run(main())
+
+
+def test_a_load_replaces_a_version_whose_engine_ended_in_another_process(runs, tmp_path):
+    async def main():
+        async with managed(runs / "one", shared=tmp_path) as manager:
+            (tmp_path / f"counts-{os.getppid()}.json").write_text(json.dumps({"gauge/model/m/1/dead": 1.0}))
+            await manager.reload()
+            return numbers(manager)
+
+    assert asyncio.run(main()) == ["2"]
+
+
+@pytest.mark.parametrize("inline_ms", [0, 10_000])
+def test_a_fault_while_a_request_is_sampled_ends_no_engine(runs, tmp_path, monkeypatch, caplog, inline_ms):
+    def fails(*_arguments, **_more):
+        raise MemoryError("no room for a copy")
+
+    monkeypatch.setattr(Recorder, "offer", fails)
+    options = ModelOptions(threads=1, inline_ms=inline_ms, record=tmp_path, record_rate=1.0)
+
+    async def main():
+        async with managed(runs / "one", model=options) as manager:
+            for _ in range(5):
+                assert (await ask(manager)).outputs["total"] == 16
+            await until(lambda: manager.versions()[0].watchers[0].failed == 5)
+            assert manager.server_ready()
+            assert manager.counts()["model/m/1/recorded/failed"] == 5
+
+    asyncio.run(main())
+    assert caplog.text.count("a fault while a request was sampled") == 1
