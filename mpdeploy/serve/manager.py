@@ -72,6 +72,7 @@ class ModelManager:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._stamp: Any = None
         self._seen: Any = None
+        self._reading: asyncio.Task[None] | None = None
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
 
@@ -228,13 +229,16 @@ class ModelManager:
             self._publish(models)
             self._retire(name)
 
-    async def reload(self) -> None:
-        """Read every model's run again and swap where it changed; a run that cannot be loaded changes nothing."""
+    async def reload(self) -> bool:
+        """Read every model's run again and swap where it changed; a run that cannot be loaded changes nothing, and the answer is False."""
+        done = True
         for name in list(self._versions):
             try:
                 await self._load_next(name, {})
             except ServeError as error:  # what served before serves on
                 log.error("%s is not read again: %s", name, error.message)
+                done = False
+        return done
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
@@ -390,13 +394,25 @@ class ModelManager:
 
     def _watch(self) -> None:
         """Load again what changed, once it has been still between two looks."""
-        stamp = tuple(stamp_of(Path(model["run"])) for model in self.shared.wanted().models.values())
-        if stamp == self._seen:
-            return
-        if stamp == self._stamp:
-            self._seen = stamp
-            self._keep(self.reload())
+        stamp = self._stamps()
+        if stamp == self._stamp != self._seen and (self._reading is None or self._reading.done()):
+            self._reading = self._keep(self._read_again(stamp))
         self._stamp = stamp
+
+    async def _read_again(self, stamp: Any) -> None:
+        """Load what changed; where it cannot be loaded, as while it is still being copied, try again after pauses."""
+        for pause in chain(RETRY_S, repeat(RETRY_S[-1])):
+            if await self.reload():
+                self._seen = stamp
+                return
+            until = time.monotonic() + pause
+            while time.monotonic() < until:
+                await asyncio.sleep(TICK_S)
+                if self._stamps() != stamp:  # the next look sees to it
+                    return
+
+    def _stamps(self) -> Any:
+        return tuple(stamp_of(Path(model["run"])) for model in self.shared.wanted().models.values())
 
 
 def _counts_of(name: str, version: Version) -> Counts:

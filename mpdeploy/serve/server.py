@@ -269,7 +269,7 @@ class _Stop:
 @contextlib.contextmanager
 def _signals(stop: _Stop, manager: ModelManager) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    reloads: set[asyncio.Task[None]] = set()
+    reloads: set[asyncio.Task[bool]] = set()
 
     def reload() -> None:
         task = loop.create_task(manager.reload())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import threading
 import time
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from served import checksum_model, make_run
+from served import checksum_model, make_run, mlp_model
 
 from mpdeploy.errors import UnavailableError
 from mpdeploy.serve import manager as manager_module
@@ -184,3 +185,21 @@ def test_a_fault_while_a_request_is_sampled_ends_no_engine(runs, tmp_path, monke
 
     asyncio.run(main())
     assert caplog.text.count("a fault while a request was sampled") == 1
+
+
+def test_a_run_that_is_copied_in_place_is_loaded_once_it_is_complete(runs, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(manager_module, "RETRY_S", (0.1,))
+    run, new = tmp_path / "run", make_run(tmp_path / "new", mlp_model((16, 4)), name="m")
+    shutil.copytree(runs / "one", run)
+
+    async def main():
+        async with managed(run, watch=True) as manager:
+            for name in ("run.json", "gate.json"):  # first what says that it changed
+                shutil.copy(new / name, run / name)
+            await until(lambda: "m is not read again" in caplog.text)
+            assert numbers(manager) == ["1"]
+            shutil.copytree(new, run, dirs_exist_ok=True, ignore=shutil.ignore_patterns("run.json", "gate.json"))
+            await until(lambda: numbers(manager) == ["2"])
+            assert set((await ask(manager)).outputs) == {"y"}
+
+    asyncio.run(main())
