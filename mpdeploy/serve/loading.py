@@ -62,7 +62,8 @@ async def load_version(
     for candidate in selection.candidates:
         made: tuple[Watcher, ...] = ()
         try:
-            made = watchers(selection, candidate) if watchers is not None else ()
+            if watchers is not None:
+                made = await loop.run_in_executor(None, watchers, selection, candidate)
             relay = _Relay()
             loaded = await _load(name, number, candidate, selection, options, share, relay, made)
         except MpdeployError as error:

@@ -31,6 +31,7 @@ COUNTERS: dict[str, tuple[str, float, str]] = {
 }
 GAUGES: dict[str, tuple[str, str]] = {
     "nv_inference_pending_request_count": ("gauge/pending", "Requests that are queued or computed now"),
+    "mpdeploy_shadow_up": ("gauge/min/shadow/up", "1 while the shadow compares, 0 once a fault has ended it"),
     "mpdeploy_shadow_rel_l2": ("gauge/max/shadow/rel_l2", "Distance from the FP32 model, of the worst output"),
     "mpdeploy_shadow_alert": ("gauge/max/shadow/alert", "1 while that distance is above its limit"),
 }
@@ -44,7 +45,7 @@ _TRITON_TOTAL = re.compile(rb"^(# (?:HELP|TYPE) nv_\w+?)_total ", re.MULTILINE)
 
 def model_key(name: str, version: str, key: str) -> str:
     """A counter of a model's version, as one name among all counters of a process."""
-    gauge = re.match(r"gauge/(max/)?", key)
+    gauge = re.match(r"gauge/(max/|min/)?", key)
     prefix, rest = (gauge.group(0), key[gauge.end() :]) if gauge else ("", key)
     return f"{prefix}model/{name}/{version}/{rest}"
 
@@ -52,7 +53,7 @@ def model_key(name: str, version: str, key: str) -> str:
 def of_model(counts: Counts, name: str, version: str) -> Counts:
     """The counters of a model's version, under their own names."""
     found: Counts = {}
-    for prefix in ("", "gauge/", "gauge/max/"):
+    for prefix in ("", "gauge/", "gauge/max/", "gauge/min/"):
         start = f"{prefix}model/{name}/{version}/"
         found |= {prefix + key[len(start) :]: value for key, value in counts.items() if key.startswith(start)}
     return found

@@ -114,7 +114,7 @@ class Shared:
     def sum_counts(self, own: Counts) -> Counts:
         """Sums of these counters of this process and those of all others, dead ones too; gauges (`gauge/...`) of living ones alone.
 
-        A gauge whose name begins with `gauge/max/` is not summed: the largest is taken.
+        A gauge whose name begins with `gauge/max/` or `gauge/min/` is not summed: the largest or the smallest is taken.
         """
         total = dict(own)
         if self._folder is None:
@@ -129,9 +129,10 @@ class Shared:
                 continue  # being replaced right now
             living = _lives(pid)
             for name, value in counts.items():
-                if name.startswith("gauge/max/"):
+                if name.startswith(("gauge/max/", "gauge/min/")):
                     if living:
-                        total[name] = max(total.get(name, value), value)
+                        choose = max if name.startswith("gauge/max/") else min
+                        total[name] = choose(total.get(name, value), value)
                 elif living or not name.startswith("gauge/"):
                     total[name] = total.get(name, 0) + value
         return total

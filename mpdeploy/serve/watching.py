@@ -52,6 +52,7 @@ def watchers_of(selection: Selection, candidate: Candidate, options: ModelOption
     Raises:
         UsageError: a shadow comparison is asked for and the run has no FP32 model.
         UnavailableError: ONNX Runtime, which computes the FP32 model, is not installed.
+        ArtifactChangedError: the FP32 model is not the one that the run recorded.
     """
     made: list[Watcher] = []
     if options.shadow_rate > 0:
@@ -60,7 +61,8 @@ def watchers_of(selection: Selection, candidate: Candidate, options: ModelOption
         missing = backend("onnxruntime").available()
         if missing is not None:
             raise UnavailableError(f"The shadow comparison needs ONNX Runtime: {missing.reason}", hint=missing.hint)
-        made.append(Shadow(selection.model, rate=options.shadow_rate, limit=options.shadow_limit, name=candidate.name))
+        model = selection.model.verified()
+        made.append(Shadow(model, rate=options.shadow_rate, limit=options.shadow_limit, name=candidate.name))
     if options.record is not None:
         made.append(Recorder(options.record, rate=options.record_rate, most=options.record_max))
     return tuple(made)
@@ -77,6 +79,8 @@ class Background:
     def __init__(self, name: str, rate: float) -> None:
         self.dropped = 0
         self.failed = 0
+        self.up = True
+        """False once a fault has ended the thread."""
         self._rate = rate
         self._random = random.Random()  # noqa: S311 - it picks samples, it keeps no secret
         self._queue: queue.Queue[Any] = queue.Queue(MAX_WAITING)
@@ -112,6 +116,7 @@ class Background:
         try:
             self.work()
         except Exception:
+            self.up = False
             log.exception("%s ended", self._thread.name)
 
     def next(self, timeout_s: float | None = None) -> Seen | None:
@@ -213,6 +218,7 @@ class Shadow(Background):
             "shadow/compared": self.compared,
             "shadow/dropped": self.dropped,
             "shadow/failed": self.failed,
+            "gauge/min/shadow/up": float(self.up),
             "gauge/max/shadow/rel_l2": min(self.rel_l2, 1e30),
             "gauge/max/shadow/alert": float(self.alert),
         }

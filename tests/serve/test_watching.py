@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +18,12 @@ from served import FLOAT, checksum_model, make_run, mlp_model, model_of, wait_fo
 from mpdeploy.artifact import OnnxModel
 from mpdeploy.building import describe_model
 from mpdeploy.data_files import load_feeds
+from mpdeploy.errors import ArtifactChangedError
 from mpdeploy.serve.manager import ModelManager
 from mpdeploy.serve.messages import InferRequest
+from mpdeploy.serve.metrics import exposition
 from mpdeploy.serve.options import ModelOptions, ServerOptions
+from mpdeploy.serve.shared import Shared
 from mpdeploy.serve.watching import Recorder, Shadow
 
 
@@ -181,3 +186,45 @@ def test_a_request_that_shares_no_batch_is_compared_and_recorded_whole(tmp_path,
     assert len(files) == len(feeds)
     for file, feed in zip(files, feeds, strict=True):
         np.testing.assert_array_equal(file["x"], feed["x"])
+
+
+def test_a_shadow_compares_with_no_other_model_than_the_run_recorded(tmp_path):
+    run = make_run(tmp_path / "run", checksum_model())
+    with (run / "20-export" / "model.fp32.onnx").open("ab") as file:
+        file.write(b"\0")
+    manager = ModelManager(ServerOptions(run=run, model=ModelOptions(threads=1, shadow_rate=0.1)))
+    with pytest.raises(ArtifactChangedError, match=r"model\.fp32\.onnx"):
+        asyncio.run(manager.start())
+
+
+def test_metrics_say_that_a_fault_has_ended_the_shadow(tmp_path, monkeypatch):
+    def fails(*_arguments):
+        raise RuntimeError("a fault")
+
+    def up(manager: ModelManager) -> bytes:
+        lines = exposition(manager.all_counts(), [])[1].splitlines()
+        return next(line for line in lines if line.startswith(b"mpdeploy_shadow_up{"))
+
+    monkeypatch.setattr(Shadow, "_compare", fails)
+    run = make_run(tmp_path / "run", checksum_model())
+
+    async def main():
+        manager = ModelManager(ServerOptions(run=run, model=ModelOptions(threads=1, shadow_rate=1.0)))
+        await manager.start()
+        before = up(manager)
+        await manager.infer(InferRequest("model", None, samples(1)[0]))
+        deadline = time.monotonic() + 60
+        while up(manager) == before and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        after = up(manager)
+        await manager.stop()
+        return before, after
+
+    label = b'mpdeploy_shadow_up{model="model",version="1"}'
+    assert asyncio.run(main()) == (label + b" 1.0", label + b" 0.0")
+
+
+def test_a_shadow_that_ended_in_one_process_is_down(tmp_path):
+    key = "gauge/min/model/m/1/shadow/up"
+    (tmp_path / f"counts-{os.getppid()}.json").write_text(json.dumps({key: 0.0}))
+    assert Shared(tmp_path).sum_counts({key: 1.0})[key] == 0.0
