@@ -69,7 +69,9 @@ def serve(
         Path | None, _Option("--record", metavar="DIR", help="Write sampled requests there, for `convert --data DIR`.")
     ] = None,
     record_rate: Annotated[float, _Option("--record-rate", help="Share of requests that are written.")] = 0.01,
-    record_max: Annotated[int, _Option("--record-max", help="Samples that are written in all.")] = 4096,
+    record_max: Annotated[
+        int, _Option("--record-max", help="Samples that are written in all, by each process of --workers.")
+    ] = 4096,
     max_body_mb: Annotated[float, _Option("--max-body-mb", help="Largest request.")] = 64,
     max_inflight_mb: Annotated[
         float, _Option("--max-inflight-mb", help="All requests and answers held at a time.")

@@ -43,7 +43,7 @@ class ModelOptions:
         shadow_limit: relative L2 distance from the FP32 model above which the drift alert is raised.
         record: folder that sampled requests are written to; None: nowhere.
         record_rate: the share of requests that are written.
-        record_max: the most samples that are written.
+        record_max: the most samples that a process writes, over all versions.
     """
 
     engine: str | None = None

@@ -7,16 +7,17 @@ no request waits for them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import queue
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -234,16 +235,20 @@ class Recorder(Background):
     Args:
         folder: where to; made where missing.
         rate: the share of requests.
-        most: samples in all.
+        most: samples in all, over all recorders of this process that write to the folder: each version has one.
     """
+
+    _lock = threading.Lock()
+    _taken: ClassVar[Counter[Path]] = Counter()
+    """Samples by folder, of this process."""
+    _numbers = itertools.count(1)
+    """Of files: two recorders may write in the same second."""
 
     def __init__(self, folder: Path, *, rate: float, most: int) -> None:
         super().__init__("recorder", rate)
-        self._folder = folder
+        self._folder = folder.resolve()
         self._most = most
         self._waiting: dict[Any, list[dict[str, Array]]] = {}
-        self._number = 0
-        self.taken = 0
         self.written = 0
         self.with_nan = 0
 
@@ -253,7 +258,7 @@ class Recorder(Background):
         flushed = time.monotonic()
         while not self.ended:
             sample = self.next(timeout_s=1.0)
-            if sample is not None and self.taken < self._most:
+            if sample is not None:
                 self._take(sample)
             if time.monotonic() - flushed > FLUSH_S:
                 flushed = time.monotonic()
@@ -265,7 +270,10 @@ class Recorder(Background):
         if any(array.dtype.kind == "f" and np.isnan(array).any() for array in feeds.values()):
             self.with_nan += 1
             return
-        self.taken += 1
+        with self._lock:
+            if self._taken[self._folder] >= self._most:
+                return
+            self._taken[self._folder] += 1
         if not sample.batched:
             self._write([feeds])
             return
@@ -281,8 +289,7 @@ class Recorder(Background):
 
     def _write(self, samples: list[dict[str, Array]]) -> None:
         arrays = {name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]}
-        self._number += 1
-        path = self._folder / f"requests-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{self._number:05d}.npz"
+        path = self._folder / f"requests-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{next(self._numbers):05d}.npz"
         try:
             with atomic_path(path) as temporary, temporary.open("wb") as file:
                 np.savez_compressed(file, allow_pickle=False, **arrays)

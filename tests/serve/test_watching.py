@@ -228,3 +228,15 @@ def test_a_shadow_that_ended_in_one_process_is_down(tmp_path):
     key = "gauge/min/model/m/1/shadow/up"
     (tmp_path / f"counts-{os.getppid()}.json").write_text(json.dumps({key: 0.0}))
     assert Shared(tmp_path).sum_counts({key: 1.0})[key] == 0.0
+
+
+def test_versions_of_a_process_share_the_limit_of_samples(tmp_path):
+    recorders = [Recorder(tmp_path, rate=1.0, most=5) for _ in range(3)]
+    for recorder in recorders:
+        for feed in samples(4):
+            recorder.offer(feed, {}, 1)
+        wait_for(recorder._queue.empty, 60)
+        recorder.close()
+        wait_for(lambda recorder=recorder: not recorder._thread.is_alive(), 60)
+    assert [recorder.written for recorder in recorders] == [4, 1, 0]
+    assert sum(len(np.load(path)["x"]) for path in tmp_path.glob("*.npz")) == 5
