@@ -39,6 +39,8 @@ PUBLISH_EVERY = 10
 """Ticks between two looks at what the processes share."""
 RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 """Pauses before what could not be loaded is tried again."""
+FOLLOW_S = 60.0
+"""How long a load waits until every process behind the port serves the model too."""
 
 
 class ModelManager:
@@ -92,6 +94,7 @@ class ModelManager:
             self._put(name, await self._load(name, model))
         self._generation = wanted.generation
         self._started = True
+        self.shared.write_counts(self.counts())
         self._keep(self._tick())
 
     async def stop(self) -> bool:
@@ -183,7 +186,7 @@ class ModelManager:
         }
 
     async def load(self, name: str, parameters: Mapping[str, Any]) -> None:
-        """Load a model, or its next version beside the one that serves, and swap once it is warm.
+        """Load a model, or its next version beside the one that serves, and swap once it is warm; wait for the other processes to follow.
 
         Args:
             name: of the model.
@@ -193,10 +196,26 @@ class ModelManager:
         Raises:
             BadRequestError: parameters that mean nothing here.
             UnknownModelError: no such run directory.
-            ServeError: it cannot be loaded; what served before serves on.
+            ServeError: it cannot be loaded, and what served before serves on; or another process has not followed in time.
         """
         self._may_change()
         await self._load_next(name, parameters)
+        until = time.monotonic() + FOLLOW_S
+        while behind := self._behind(name):
+            if time.monotonic() > until:
+                raise UnavailableServeError(
+                    f"{name} is loaded here; other processes that have not followed within {FOLLOW_S:g} s, "
+                    f"and try again: {behind}. The server's log says why"
+                )
+            await asyncio.sleep(TICK_S)
+
+    def _behind(self, name: str) -> int:
+        """Other processes that do not yet serve the version that is wanted."""
+        model = self.shared.wanted().models.get(name)
+        if model is None:
+            return 0
+        key = model_key(name, str(model["version"]), "gauge/pending")
+        return sum(living and key not in counts for counts, living in self.shared.others())
 
     async def _load_next(self, name: str, parameters: Mapping[str, Any]) -> None:
         with self.shared.changing():
@@ -387,6 +406,7 @@ class ModelManager:
             return False
         if self.shared.wanted().models.get(name) == model:
             self._put(name, version)
+            self.shared.write_counts(self.counts())
         else:
             version.serve()
             await version.close(self.options.stop_s)

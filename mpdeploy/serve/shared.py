@@ -111,15 +111,9 @@ class Shared:
         if self._folder is not None:
             _replace(self._folder / f"{COUNTS}{os.getpid()}.json", counts)
 
-    def sum_counts(self, own: Counts) -> Counts:
-        """Sums of these counters of this process and those of all others, dead ones too; gauges (`gauge/...`) of living ones alone.
-
-        A gauge whose name begins with `gauge/max/` or `gauge/min/` is not summed: the largest or the smallest is taken.
-        """
-        total = dict(own)
-        if self._folder is None:
-            return total
-        for path in self._folder.glob(f"{COUNTS}*.json"):
+    def others(self) -> Iterator[tuple[Counts, bool]]:
+        """The counters of every other process, and whether it lives."""
+        for path in self._folder.glob(f"{COUNTS}*.json") if self._folder is not None else ():
             pid = int(path.stem.removeprefix(COUNTS))
             if pid == os.getpid():
                 continue
@@ -127,7 +121,15 @@ class Shared:
                 counts = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue  # being replaced right now
-            living = _lives(pid)
+            yield counts, _lives(pid)
+
+    def sum_counts(self, own: Counts) -> Counts:
+        """Sums of these counters of this process and those of all others, dead ones too; gauges (`gauge/...`) of living ones alone.
+
+        A gauge whose name begins with `gauge/max/` or `gauge/min/` is not summed: the largest or the smallest is taken.
+        """
+        total = dict(own)
+        for counts, living in self.others():
             for name, value in counts.items():
                 if name.startswith(("gauge/max/", "gauge/min/")):
                     if living:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from served import checksum_model, make_run, mlp_model
+from served import checksum_model, make_run, mlp_model, serving
 
 from mpdeploy.errors import UnavailableError
 from mpdeploy.serve import manager as manager_module
@@ -203,3 +203,35 @@ def test_a_run_that_is_copied_in_place_is_loaded_once_it_is_complete(runs, tmp_p
             assert set((await ask(manager)).outputs) == {"y"}
 
     asyncio.run(main())
+
+
+def test_a_load_is_answered_once_the_other_processes_serve_it_too(runs, tmp_path, monkeypatch):
+    other = tmp_path / f"counts-{os.getppid()}.json"  # of a process that lives
+    other.write_text(json.dumps({"gauge/model/m/1/pending": 0}))
+
+    async def main():
+        async with managed(runs / "one", shared=tmp_path, repository=runs) as manager:
+            loading = asyncio.create_task(manager.load("m", {"run": "two"}))
+            await until(lambda: numbers(manager) == ["2"])
+            await asyncio.wait({loading}, timeout=1)
+            assert not loading.done()
+            other.write_text(json.dumps({"gauge/model/m/2/pending": 0}))
+            await loading
+            monkeypatch.setattr(manager_module, "FOLLOW_S", 0.1)
+            with pytest.raises(UnavailableServeError, match="and try again: 1"):
+                await manager.load("m", {"run": "one"})
+            assert numbers(manager) == ["3"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.slow
+def test_after_a_load_every_process_answers(runs, tmp_path):
+    with serving(runs / "one", "--workers", 2, "--repository", runs, folder=tmp_path) as served:
+        for _ in range(3):
+            assert served.call("POST", "/v2/repository/models/two/load", {})[0] == 200
+            assert {served.call("GET", "/v2/models/two/ready")[0] for _ in range(30)} == {200}
+            assert served.call("POST", "/v2/repository/models/two/unload", {})[0] == 200
+            deadline = time.monotonic() + 60
+            while {served.call("GET", "/v2/models/two/ready")[0] for _ in range(30)} != {404}:
+                assert time.monotonic() < deadline
