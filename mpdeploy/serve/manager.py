@@ -26,7 +26,7 @@ from mpdeploy.serve.messages import (
 from mpdeploy.serve.metrics import model_key, models_in, of_model
 from mpdeploy.serve.options import ServerOptions
 from mpdeploy.serve.repository import Repository, default_name, digest, stamp_of
-from mpdeploy.serve.selection import Candidate, Selection
+from mpdeploy.serve.selection import Candidate, Selection, UnknownEngineError
 from mpdeploy.serve.shared import Counts, Shared
 from mpdeploy.serve.statistics import triton_statistics
 from mpdeploy.serve.version import Version
@@ -226,6 +226,8 @@ class ModelManager:
             try:
                 version = await self._load(name, model)
             except MpdeployError as error:
+                if isinstance(error, UnknownEngineError) and "engine" in parameters:
+                    raise BadRequestError(f"its run has no engine {model['engine'][:80]!r}; {error.hint}") from error
                 self._failed[name] = error.message
                 log.error("%s cannot be loaded from %s: %s", name, model["run"], error.message)
                 raise UnavailableServeError(f"{name} cannot be loaded: {error.message}") from error

@@ -60,6 +60,10 @@ class Candidate:
         return self.engine.verified()
 
 
+class UnknownEngineError(UsageError):
+    """The run has no engine of the name that was asked for."""
+
+
 @dataclass
 class Selection:
     """A run's engines in the order they are tried.
@@ -114,7 +118,7 @@ def select(path: Path, *, engine: str | None = None, allow_failed: bool = False)
 
     Raises:
         RunDirError: no run directory.
-        UsageError: the run has no engine of that name.
+        UnknownEngineError: the run has no engine of that name.
         NotComparableError: gate.json or the evidence is not what the run recorded.
         MpdeployError: nothing can be served (see `Selection.nothing_left`).
     """
@@ -210,7 +214,7 @@ def _in_order(run: RunDir, asked: str | None) -> Iterator[str]:
     built = [name.removeprefix(BUILD) for name in run.records() if name.startswith(BUILD)]
     if asked is not None:
         if asked not in built:
-            raise UsageError(
+            raise UnknownEngineError(
                 f"{run.path} has no engine '{asked}'.",
                 hint=f"its engines: {', '.join(built) or 'none'}; closest names: {closest_names(asked, built or ENGINES)}",
             )

@@ -18,7 +18,7 @@ from served import checksum_model, make_run, mlp_model, serving
 from mpdeploy.errors import UnavailableError
 from mpdeploy.serve import manager as manager_module
 from mpdeploy.serve.manager import ModelManager
-from mpdeploy.serve.messages import InferRequest, UnavailableServeError
+from mpdeploy.serve.messages import BadRequestError, InferRequest, UnavailableServeError
 from mpdeploy.serve.options import ModelOptions, ServerOptions
 from mpdeploy.serve.shared import Shared
 from mpdeploy.serve.watching import Recorder
@@ -235,3 +235,16 @@ def test_after_a_load_every_process_answers(runs, tmp_path):
             deadline = time.monotonic() + 60
             while {served.call("GET", "/v2/models/two/ready")[0] for _ in range(30)} != {404}:
                 assert time.monotonic() < deadline
+
+
+def test_an_engine_that_the_run_does_not_have_is_a_bad_request_and_changes_nothing(runs):
+    async def main():
+        async with managed(runs / "one", repository=runs) as manager:
+            before = manager.index()
+            for name in ("m", "two"):
+                with pytest.raises(BadRequestError, match=r"no engine 'openvinoo'.*onnxruntime"):
+                    await manager.load(name, {"engine": "openvinoo"})
+            assert manager.index() == before
+            assert before[0]["state"] == "READY"
+
+    asyncio.run(main())
