@@ -75,16 +75,15 @@ def connection_class() -> type[asyncio.Protocol]:
                     direct.submit(data[seen.split :])
                     return
             self.chunk_bytes = len(data)
-            if self.in_head:
-                self.head_bytes += self.chunk_bytes
-                if self.reading_since is None:
-                    self.reading_since = time.monotonic()
+            self.head_bytes += self.chunk_bytes
+            if self.in_head and self.reading_since is None:
+                self.reading_since = time.monotonic()
             super().data_received(data)
             self.seen = None  # it holds for what comes next alone
             if between and self.cycle is not before and type(self.cycle) is Direct:
                 self.seen = SeenHead.of(data, self.cycle)
-            if self.in_head and self.head_bytes > self.limits.max_header_bytes and not self.lost:
-                self.refuse(431, b"the request's head is too large")
+            if self.head_bytes > self.limits.max_header_bytes and not self.lost:
+                self.refuse(431, b"the request's %s too large" % (b"head is" if self.in_head else b"trailers are"))
 
         def on_message_begin(self) -> None:
             self.url = b""
@@ -94,6 +93,10 @@ def connection_class() -> type[asyncio.Protocol]:
             self.body_bytes = 0
             self.idle_since = None
             self.reading_since = time.monotonic()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self.in_head:
+                super().on_header(name, value)  # trailers are read and forgotten
 
         def on_headers_complete(self) -> None:
             self.in_head = False
@@ -117,6 +120,7 @@ def connection_class() -> type[asyncio.Protocol]:
 
         def on_body(self, body: bytes) -> None:
             self.body_bytes += len(body)
+            self.head_bytes = 0
             if type(self.cycle) is Direct:
                 self.cycle.parts.append(body)
             else:
@@ -124,6 +128,7 @@ def connection_class() -> type[asyncio.Protocol]:
 
         def on_message_complete(self) -> None:
             self.in_head = True
+            self.head_bytes = 0
             self.reading_since = None
             if type(self.cycle) is Direct:
                 self.between = True

@@ -567,3 +567,41 @@ def test_a_head_of_any_length_is_not_kept():
         return wire.parsed
 
     assert [asyncio.run(parsed(size)) for size in (100, direct.MAX_SEEN)] == [1, 2]
+
+
+# -- what a connection does not put up with ----------------------------------------------------------------------------
+
+CHUNKED = b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
+
+
+def written_after(*chunks: bytes) -> tuple[bytes, bool, list[tuple[bytes, bytes]]]:
+    """What a connection has written after these chunks, whether it closed, and the headers it holds."""
+
+    async def main():
+        wire = Wire(remember=True, now=True)
+        for chunk in chunks:
+            await wire.receive(chunk)
+        return wire.written, wire.closed, wire.connection.headers
+
+    return asyncio.run(main())
+
+
+def test_trailers_are_forgotten():
+    written, closed, headers = written_after(CHUNKED, b"x: y\r\nexpect: 100-continue\r\n" * 1000 + b"\r\n")
+    assert (written.count(b"HTTP/1.1 200"), closed) == (1, False)
+    assert headers == [(b"transfer-encoding", b"chunked")]
+    assert written_after(CHUNKED + b"x: y\r\n\r\n", INNER)[0].count(b"HTTP/1.1 200") == 2
+
+
+@pytest.mark.parametrize("piece", [b"x: y\r\n" * 200, b"y" * 1200], ids=["many", "long"])
+def test_trailers_without_end_are_refused(piece):
+    written, closed, _ = written_after(CHUNKED, b"x: ", *[piece] * 28)
+    assert (written.count(b"HTTP/1.1 431"), closed) == (1, True)
+    assert b"trailers are too large" in written
+
+
+def test_a_body_in_many_chunks_is_not_too_large_for_a_head():
+    chunk = b"%x\r\n%s\r\n" % (10_000, b"x" * 10_000)
+    written, _, _ = written_after(CHUNKED[:-3], *[chunk] * 20, b"0\r\n\r\n")
+    assert b"HTTP/1.1 200" in written
+    assert b" 200003" in written
