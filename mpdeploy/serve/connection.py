@@ -99,12 +99,13 @@ def connection_class() -> type[asyncio.Protocol]:
                 super().on_header(name, value)  # trailers are read and forgotten
 
         def on_headers_complete(self) -> None:
-            self.in_head = False
             most, seen = self.limits.max_header_bytes, self.head_bytes + self.chunk_bytes
             self.head_bytes = 0
-            if len(self.headers) > MAX_HEADERS or (seen > most and self.head_size() > most):
+            too_large = len(self.headers) > MAX_HEADERS or (seen > most and self.head_size() > most)
+            if too_large:
                 self.refuse(431, b"the request's head is too large")
-            elif self.door is not None and (direct := self.door.enter(self)) is not None:
+            self.in_head = False
+            if not too_large and self.door is not None and (direct := self.door.enter(self)) is not None:
                 self.cycle = direct
                 return
             url, headers, expects = self.url, self.headers, self.expect_100_continue
@@ -113,6 +114,8 @@ def connection_class() -> type[asyncio.Protocol]:
             self.scope["headers"] = headers
             self.scope["mpdeploy.connection"] = self
             super().on_headers_complete()
+            if too_large:
+                self.cycle.disconnected = True  # nothing is computed for it
 
         def head_size(self) -> int:
             """Bytes of the head that was read."""
@@ -194,16 +197,18 @@ def connection_class() -> type[asyncio.Protocol]:
             self.reading_since = None
             if self.transport.is_closing():
                 return
-            if self.cycle is None or not self.cycle.response_started:
+            cycle = self.cycle
+            # until a head is complete, the cycle is that of the request before
+            if cycle is None or not cycle.response_started or (self.in_head and cycle.response_complete):
                 body = b'{"error":"' + message + b'"}'
                 self.transport.write(
                     b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%sconnection: close\r\n\r\n%s"
                     % (status, _REASONS[status], len(body), extra, body)
                 )
             self.transport.close()
-            if self.cycle is not None and not self.cycle.response_complete:
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
 
     return Connection
 

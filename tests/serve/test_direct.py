@@ -574,13 +574,15 @@ def test_a_head_of_any_length_is_not_kept():
 CHUNKED = b"POST /v2/models/m/infer HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n"
 
 
-def written_after(*chunks: bytes) -> tuple[bytes, bool, list[tuple[bytes, bytes]]]:
-    """What a connection has written after these chunks, whether it closed, and the headers it holds."""
+def written_after(*chunks: bytes, late: bool = False) -> tuple[bytes, bool, list[tuple[bytes, bytes]]]:
+    """What a connection has written after these chunks (and all time), whether it closed, and the headers it holds."""
 
     async def main():
         wire = Wire(remember=True, now=True)
         for chunk in chunks:
             await wire.receive(chunk)
+        if late:
+            wire.connection.sweep(time.monotonic() + 1e6)
         return wire.written, wire.closed, wire.connection.headers
 
     return asyncio.run(main())
@@ -605,3 +607,25 @@ def test_a_body_in_many_chunks_is_not_too_large_for_a_head():
     written, _, _ = written_after(CHUNKED[:-3], *[chunk] * 20, b"0\r\n\r\n")
     assert b"HTTP/1.1 200" in written
     assert b" 200003" in written
+
+
+BEFORE = pytest.mark.parametrize("before", [(), (INNER,), (LIVE,)], ids=["first", "after-short-way", "after-long-way"])
+
+
+@BEFORE
+@pytest.mark.parametrize("lines", [b"x: " + b"y" * 40_000, b"x: y\r\n" * 300 + b"\r\n"], ids=["long", "many"])
+def test_a_huge_head_is_refused_whatever_was_answered_before(before, lines):
+    written, closed, _ = written_after(*before, b"GET / HTTP/1.1\r\n" + lines)
+    assert (written.count(b"HTTP/1.1 200"), written.count(b"HTTP/1.1 431"), closed) == (len(before), 1, True)
+
+
+@BEFORE
+@pytest.mark.parametrize("late", [b"POST /v2/models/m/infer HTTP/1.1\r\n", INNER[:-1], CHUNKED])
+def test_a_late_request_is_told_so_whatever_was_answered_before(before, late):
+    written, closed, _ = written_after(*before, late, late=True)
+    assert (written.count(b"HTTP/1.1 200"), written.count(b"HTTP/1.1 408"), closed) == (len(before), 1, True)
+
+
+def test_a_body_that_comes_late_for_an_answer_is_not_answered_twice():
+    written, closed, _ = written_after(HEADS[3] % 100, late=True)
+    assert (written.count(b"HTTP/1.1"), closed) == (1, True)
