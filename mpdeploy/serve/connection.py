@@ -54,6 +54,7 @@ def connection_class() -> type[asyncio.Protocol]:
             self.idle_since: float | None = None
             self.reading_since: float | None = time.monotonic()
             self.blocked_since: float | None = None
+            self.unsent_bytes = 0
             if len(self.connections) > self.limits.max_connections:
                 self.refuse(503, b"too many connections", b"retry-after: 1\r\n")
 
@@ -165,6 +166,7 @@ def connection_class() -> type[asyncio.Protocol]:
 
         def pause_writing(self) -> None:
             self.blocked_since = time.monotonic()
+            self.unsent_bytes = self.transport.get_write_buffer_size()
             super().pause_writing()
 
         def resume_writing(self) -> None:
@@ -177,6 +179,11 @@ def connection_class() -> type[asyncio.Protocol]:
 
         def sweep(self, now: float) -> None:
             """Cut the peer off if it has used up its time."""
+            if self.blocked_since is not None:
+                unsent = self.transport.get_write_buffer_size()
+                if unsent < self.unsent_bytes:
+                    self.blocked_since = now
+                self.unsent_bytes = unsent
             if self.blocked_since is not None and now - self.blocked_since > READ_TIMEOUT_S:
                 self.transport.abort()
             elif self.idle_since is not None and now - self.idle_since > self.limits.keep_alive_s:

@@ -185,8 +185,13 @@ def connection_at(**state):
     found = connection_class().__new__(connection_class())
     found.limits = ServerOptions(run=Path("run"), keep_alive_s=10)
     found.idle_since = found.blocked_since = found.reading_since = None
+    found.unsent_bytes = 1000
     closed = []
-    found.transport = SimpleNamespace(close=lambda: closed.append("close"), abort=lambda: closed.append("abort"))
+    found.transport = SimpleNamespace(
+        close=lambda: closed.append("close"),
+        abort=lambda: closed.append("abort"),
+        get_write_buffer_size=lambda: 1000,
+    )
     for name, value in state.items():
         setattr(found, name, value)
     return found, closed
@@ -205,6 +210,17 @@ def test_idle_peers_are_closed_and_who_does_not_read_is_cut_off(state, seconds, 
     connection, closed = connection_at(**state)
     connection.sweep(100.0 + seconds)
     assert closed == expected
+
+
+def test_who_reads_slowly_is_cut_off_only_when_it_stops():
+    connection, closed = connection_at(blocked_since=100.0)
+    for now in range(101, 200, 7):
+        connection.transport.get_write_buffer_size = lambda left=1000 - now: left
+        connection.sweep(float(now))
+    connection.sweep(199.0 + READ_TIMEOUT_S)
+    assert closed == []
+    connection.sweep(200.0 + READ_TIMEOUT_S)
+    assert closed == ["abort"]
 
 
 # -- heads that come again ---------------------------------------------------------------------------------------------
@@ -386,6 +402,7 @@ class Wire:
             SimpleNamespace(
                 write=self.write, close=self.close, is_closing=lambda: self.closed, resume_reading=lambda: None,
                 pause_reading=lambda: None, get_extra_info=lambda name, default=None: default,
+                get_write_buffer_size=lambda: 0,
             )
         )  # fmt: skip
         feed = self.connection.parser
