@@ -74,7 +74,8 @@ def serve(
     ] = 4096,
     max_body_mb: Annotated[float, _Option("--max-body-mb", help="Largest request.")] = 64,
     max_inflight_mb: Annotated[
-        float, _Option("--max-inflight-mb", help="All requests and answers held at a time.")
+        float,
+        _Option("--max-inflight-mb", help="All requests and answers held at a time, with what clients do not fetch."),
     ] = 512,
     max_connections: Annotated[int, _Option("--max-connections", help="Open at a time.")] = 2048,
     header_timeout_s: Annotated[

@@ -61,6 +61,7 @@ def connection_class() -> type[asyncio.Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self.lost = True
             self.reading_since = self.blocked_since = self.idle_since = None
+            self.hold_unsent(0)
             if type(self.cycle) is Direct:
                 self.cycle.lost()
             super().connection_lost(exc)
@@ -166,12 +167,19 @@ def connection_class() -> type[asyncio.Protocol]:
 
         def pause_writing(self) -> None:
             self.blocked_since = time.monotonic()
-            self.unsent_bytes = self.transport.get_write_buffer_size()
+            self.hold_unsent(self.transport.get_write_buffer_size())
             super().pause_writing()
 
         def resume_writing(self) -> None:
             self.blocked_since = None
+            self.hold_unsent(0)
             super().resume_writing()
+
+        def hold_unsent(self, size: int) -> None:
+            """Count so many bytes, which the peer has not taken yet, as held: the answer they are of is done with and no longer counts."""
+            if self.door is not None:
+                self.door.app.inflight_bytes += size - self.unsent_bytes
+            self.unsent_bytes = size
 
         def is_lost(self) -> bool:
             """Whether the peer has gone."""
@@ -183,7 +191,7 @@ def connection_class() -> type[asyncio.Protocol]:
                 unsent = self.transport.get_write_buffer_size()
                 if unsent < self.unsent_bytes:
                     self.blocked_since = now
-                self.unsent_bytes = unsent
+                self.hold_unsent(unsent)
             if self.blocked_since is not None and now - self.blocked_since > READ_TIMEOUT_S:
                 self.transport.abort()
             elif self.idle_since is not None and now - self.idle_since > self.limits.keep_alive_s:

@@ -100,7 +100,8 @@ class ServerOptions:
         devices: GPUs, one process each; empty: no choice is made.
         max_body_bytes: of a request.
         max_header_bytes: of a request's head.
-        max_inflight_bytes: of all requests and answers that are held at a time.
+        max_inflight_bytes: of all requests and answers that are held at a time: of an answer that was given, what the client does not
+            fetch, from 64 KiB a connection up (with TLS, what lies beneath it is not seen). Answers that are to be computed do not count.
         max_connections: that are open at a time.
         header_timeout_s: for a request's head to arrive.
         body_timeout_s: for its body, at more than 64 KiB/s.

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import checksum_model, decode_answer, infer, make_run, mlp_model, serving, wait_for
+from onnx import helper
+from served import FLOAT, checksum_model, decode_answer, infer, make_run, mlp_model, model_of, serving, wait_for
 
 from mpdeploy.serve import direct, protocol
 from mpdeploy.serve.connection import READ_TIMEOUT_S, connection_class
@@ -153,6 +154,39 @@ def test_who_leaves_in_the_middle_of_a_body_holds_nothing(server):
             connection.sendall(request_bytes(8)[:-100])
     wait_for(lambda: "mpdeploy_inflight_bytes 0.0" in server.get("/metrics").decode())
     assert server.infer(x(1))[0] == 200
+
+
+def wide_model():
+    """x [n, 1] -> y [n, 500000]: a few bytes ask for two megabytes a sample."""
+    return model_of(
+        [helper.make_node("Expand", ["x", "shape"], ["y"])],
+        {"x": (FLOAT, ["n", 1])},
+        {"y": (FLOAT, ["n", 500_000])},
+        {"shape": np.array([1, 500_000], np.int64)},
+    )
+
+
+def test_answers_that_nobody_reads_keep_others_out(tmp_path):
+    run = make_run(tmp_path / "run", wide_model(), batches=(1, 1, 16), name="wide")
+    one = {"x": np.ones((1, 1), np.float32)}
+
+    def held_becomes(enough) -> None:
+        deadline = time.monotonic() + 30
+        while not enough(served.get("/figures")["inflight_bytes"]):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    with serving(run, "--max-body-mb", 1, "--max-inflight-mb", 8) as served:
+        for rest in ("read", "left"):
+            with contextlib.closing(served.connect()) as connection:
+                body, headers = encode_request({"x": np.ones((16, 1), np.float32)})  # 32 MB, a system buffers up to 10
+                connection.request("POST", f"{served.path}/infer", body, headers)
+                held_becomes(lambda size: size > 8 * 2**20)
+                assert served.infer(one)[0] == 503
+                if rest == "read":
+                    assert len(connection.getresponse().read()) > 32_000_000
+            held_becomes(lambda size: size == 0)
+            assert served.infer(one)[0] == 200
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
@@ -545,6 +579,26 @@ def test_a_head_that_was_seen_is_not_parsed_again_and_its_body_is_its_own():
     parsed, written = asyncio.run(main())
     assert parsed == [1, 1, 2, 3, 3]
     assert [int(part[: part.index(b"]")]) for part in written.split(b'"data":[')[1:]] == [2, 4, 66, 4, 2]
+
+
+def test_what_a_peer_does_not_fetch_counts_as_held():
+    async def main():
+        wire, found = Wire(remember=True, now=True), []
+        connection, buffered = wire.connection, [1000]
+        connection.transport.get_write_buffer_size = lambda: buffered[0]
+        for step in (
+            connection.pause_writing,
+            lambda: connection.sweep(time.monotonic()),
+            connection.resume_writing,
+            connection.pause_writing,
+            lambda: connection.connection_lost(OSError("reset")),
+        ):
+            step()
+            found.append(wire.app.inflight_bytes)
+            buffered[0] -= 100
+        return found
+
+    assert asyncio.run(main()) == [1000, 900, 0, 700, 0]
 
 
 @pytest.mark.parametrize("what", ["stopping", "gone", "full", "unread"])
