@@ -30,6 +30,7 @@ def connection_class() -> type[asyncio.Protocol]:
         MissingExtraError: uvicorn or httptools is not installed.
     """
     try:
+        from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
         from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
     except ImportError as error:
         raise MissingExtraError.for_extra("uvicorn with httptools", "serve") from error
@@ -40,6 +41,7 @@ def connection_class() -> type[asyncio.Protocol]:
         limits: ServerOptions
         door: Door | None = None
         cycle: Any
+        parser: Any
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -48,6 +50,7 @@ def connection_class() -> type[asyncio.Protocol]:
             self.body_bytes = 0
             self.chunk_bytes = 0
             self.in_head = True
+            self.upgrading = False
             # whether the parser has read whole requests only, the last of them (if any) on the short way
             self.between = True
             self.seen: SeenHead | None = None
@@ -80,12 +83,39 @@ def connection_class() -> type[asyncio.Protocol]:
             self.head_bytes += self.chunk_bytes
             if self.in_head and self.reading_since is None:
                 self.reading_since = time.monotonic()
-            super().data_received(data)
+            self.feed(data)
             self.seen = None  # it holds for what comes next alone
             if between and self.cycle is not before and type(self.cycle) is Direct:
                 self.seen = SeenHead.of(data, self.cycle)
             if self.head_bytes > self.limits.max_header_bytes and not self.lost:
                 self.refuse(431, b"the request's %s too large" % (b"head is" if self.in_head else b"trailers are"))
+
+        def feed(self, data: bytes | memoryview) -> None:
+            """Parse, and answer in HTTP/1.1 who would rather speak another protocol (RFC 9110, 7.8).
+
+            Such a head is read a second time without that wish, with which the parser would leave the body to the other protocol.
+            """
+            while True:
+                try:
+                    self.parser.feed_data(data)
+                except HttpParserError:
+                    self.send_400_response("Invalid HTTP request received.")
+                except HttpParserUpgrade as upgrade:
+                    if self.upgrading:
+                        self.upgrading = False
+                        head = self.plain_head()
+                        self.parser = HttpRequestParser(self)
+                        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+                        self.feed(head)
+                        data = memoryview(data)[upgrade.args[0] :]
+                        continue
+                return
+
+        def plain_head(self) -> bytes:
+            """The head that was read, without the wish for another protocol."""
+            lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+            lines += [b"%s: %s" % (name, value) for name, value in self.headers if name != b"upgrade"]
+            return b"\r\n".join((*lines, b"\r\n"))
 
         def on_message_begin(self) -> None:
             self.url = b""
@@ -110,6 +140,9 @@ def connection_class() -> type[asyncio.Protocol]:
             if not too_large and self.door is not None and (direct := self.door.enter(self)) is not None:
                 self.cycle = direct
                 return
+            if not too_large and self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
+                self.upgrading = True
+                return
             url, headers, expects = self.url, self.headers, self.expect_100_continue
             super().on_message_begin()  # makes the scope, which the short way does without
             self.url, self.headers, self.expect_100_continue = url, headers, expects
@@ -132,6 +165,8 @@ def connection_class() -> type[asyncio.Protocol]:
                 super().on_body(body)
 
         def on_message_complete(self) -> None:
+            if self.upgrading:
+                return
             self.in_head = True
             self.head_bytes = 0
             self.reading_since = None

@@ -700,3 +700,29 @@ def test_a_late_request_is_told_so_whatever_was_answered_before(before, late):
 def test_a_body_that_comes_late_for_an_answer_is_not_answered_twice():
     written, closed, _ = written_after(HEADS[3] % 100, late=True)
     assert (written.count(b"HTTP/1.1"), closed) == (1, True)
+
+
+# -- who would rather speak HTTP/2 -------------------------------------------------------------------------------------
+
+UPGRADE = b"POST /v2/models/%s/infer HTTP/1.1\r\nconnection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMA\r\n"
+
+
+@pytest.mark.parametrize("model", [b"m", b"other"], ids=["short-way", "long-way"])
+@pytest.mark.parametrize("cut", [None, -len(BODIES[0]), -5, 50], ids=["one", "head-body", "in-body", "in-head"])
+def test_a_request_for_another_protocol_is_answered_once_with_its_body(model, cut):
+    content = UPGRADE % model + b"content-length: %d\r\n\r\n%s" % (len(BODIES[0]), BODIES[0])
+    pieces = [content] if cut is None else [content[:cut], content[cut:]]
+    written, closed, _ = written_after(*pieces, *pieces, INNER + content + LIVE)
+    assert (written.count(b"HTTP/1.1 200"), written.count(b"HTTP/1.1"), closed) == (5, 5, False)
+    assert written.count(b'"data":[2]') + written.count(b"/other/infer %d" % len(BODIES[0])) == 4
+
+
+def test_a_chunked_request_for_another_protocol_is_answered_too():
+    content = UPGRADE % b"m" + b"transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    assert written_after(content, LIVE)[0].count(b"HTTP/1.1 200") == 2
+    assert b"/infer 3" in written_after(content)[0]
+
+
+def test_a_huge_head_that_asks_for_another_protocol_is_refused():
+    written, closed, _ = written_after(UPGRADE % b"m" + b"x: y\r\n" * 300 + b"content-length: 3\r\n\r\nabc")
+    assert (written.count(b"HTTP/1.1 431"), written.count(b"HTTP/1.1"), closed) == (1, 1, True)
