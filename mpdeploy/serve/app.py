@@ -229,12 +229,19 @@ class App:
         if encoding not in (b"gzip", b"deflate"):
             raise BadRequestError(f"header Content-Encoding {encoding[:40]!r}: gzip, deflate or identity")
         most = self.options.max_body_bytes
+        stream = zlib.decompressobj(wbits=47)
         try:
-            content = zlib.decompressobj(wbits=47).decompress(body, most + 1)
+            content = stream.decompress(body, most + 1)
         except zlib.error as error:
             raise BadRequestError(f"the body is not {encoding.decode()}: {error}") from error
         if len(content) > most:
             raise TooLargeError(f"the body has more than {most} bytes when unpacked, which is the most")
+        if not stream.eof:
+            raise BadRequestError(f"the body is no complete {encoding.decode()}: it breaks off")
+        if stream.unused_data:
+            raise BadRequestError(
+                f"{len(stream.unused_data)} bytes follow the body's {encoding.decode()}: send one member"
+            )
         self._hold(len(content), held)
         return content
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -112,6 +113,24 @@ def test_a_compressed_body_is_unpacked_up_to_the_limit(server):
     status, _, content = server.call("POST", f"{server.path}/infer", bomb, {"content-encoding": "gzip"})
     assert (status, "unpacked" in json.loads(content)["error"]) == (413, True)
     assert server.call("POST", f"{server.path}/infer", b"no gzip", {"content-encoding": "gzip"})[0] == 400
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_compressed_body_is_refused_where_some_of_it_would_be_lost(server, encoding):
+    body, headers = encode_request(x(1), binary=False)
+    pack = gzip.compress if encoding == "gzip" else zlib.compress
+    whole = pack(body)
+    for content, status in (
+        (whole, 200),
+        (whole[:-1], 400),  # the checksum is not complete
+        (whole[:-8] + b"\0" * 8, 400),
+        (pack(body + b" ") + pack(b"more"), 400),
+        (b"", 400),
+    ):
+        found, _, answer = server.call(
+            "POST", f"{server.path}/infer", content, {**headers, "content-encoding": encoding}
+        )
+        assert found == status, (len(content), answer)
 
 
 def raw(server, content: bytes, *, until: float = 20) -> bytes:
