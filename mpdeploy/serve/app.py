@@ -119,11 +119,16 @@ class App:
     async def _answer(self, scope: Scope, receive: Receive, held: list[int]) -> Answer:
         method: str = scope["method"]
         parts: list[str] = scope["path"].split("/")
-        if self._token is not None and not _is_open(parts) and not self.authorised(scope["headers"]):
+        stranger = self._token is not None and not self.authorised(scope["headers"])
+        if stranger and not _is_open(parts):
             raise UnauthorizedError("a bearer token is needed: Authorization: Bearer TOKEN")
         if len(parts) > 4 and parts[1] == "v2" and parts[2] == "models":
             name = parts[3]
             version, rest = (parts[5], parts[6:]) if parts[4] == "versions" and len(parts) > 5 else (None, parts[4:])
+            if stranger and not self.manager.serves(name, version):
+                raise UnknownModelError(
+                    "there is no such model"
+                )  # the manager's message would name those that there are
             if rest == ["infer"]:
                 _allow(method, "POST")
                 return await self._infer(scope, receive, held, name, version)

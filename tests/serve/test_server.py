@@ -390,6 +390,12 @@ def test_a_token_opens_everything_but_probes_need_none(tmp_path, run):
         for path in ("/v2", "/metrics", "/figures", "/v2/models/sums", "//", "/v2/models/sums/infer/ready"):
             assert served.call("GET", path)[0] == 401, path
             assert served.call("GET", path, headers={"authorization": "Bearer wrong"})[0] == 401
+        for path in ("/v2/models/guess/ready", "/v2/models/sums/versions/7/ready"):
+            for shown in ({}, {"authorization": "Bearer wrong"}):
+                status, _, said = served.call("GET", path, headers=shown)
+                assert (status, json.loads(said)) == (404, {"error": "there is no such model"})
+            status, _, said = served.call("GET", path, headers=good)
+            assert (status, b"sums" in said) == (404, True), said
         status, headers, _ = served.call("POST", "/v2/models/sums/infer", b"{}")
         assert (status, headers["www-authenticate"]) == (401, "Bearer")
         assert served.infer(x(1), binary=True)[0] == 401
