@@ -151,6 +151,7 @@ class ServerOptions:
         _at_least("--workers", self.workers, 1)
         _at_least("--max-body-mb", self.max_body_bytes, 1)
         _at_least("--max-connections", self.max_connections, 1)
+        _above("--header-timeout-s", self.header_timeout_s, 0)
         if self.max_inflight_bytes < self.max_body_bytes:
             raise UsageError(
                 f"--max-inflight-mb is smaller than --max-body-mb: {self.max_inflight_bytes} and {self.max_body_bytes} bytes.",

@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,8 @@ async def _serve(options: ServerOptions, bound: socket.socket, folder: Path | No
         gc.collect()
         gc.freeze()  # what is loaded stays: no collection needs to look at it again
         gc.set_threshold(*GC_THRESHOLDS)
+        if options.tls_cert is not None:
+            _limit_handshakes(options.header_timeout_s)
         server = _Server(_config(app, options, uvicorn))
         serving = asyncio.ensure_future(server.serve(sockets=[bound]))
         grpc = await _start_grpc(manager, options)
@@ -198,6 +201,12 @@ def _config(app: App, options: ServerOptions, uvicorn: Any) -> Any:
         ssl_certfile=None if options.tls_cert is None else str(options.tls_cert),
         ssl_keyfile=None if options.tls_key is None else str(options.tls_key),
     )
+
+
+def _limit_handshakes(seconds: float) -> None:
+    """End TLS handshakes that take longer: until one is done, no connection is there to be swept. uvicorn has no setting for it."""
+    loop: Any = asyncio.get_running_loop()
+    loop.create_server = partial(loop.create_server, ssl_handshake_timeout=seconds)
 
 
 def _make_server() -> Any:

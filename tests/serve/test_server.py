@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import threading
 import time
 import zlib
@@ -475,11 +477,8 @@ def test_a_poisoned_request_among_good_ones(tmp_path):
         assert all(pool.map(ask, range(100)))
 
 
-@pytest.mark.slow
-def test_tls(tmp_path, run):
-    import ssl
-    import subprocess
-
+@pytest.fixture
+def certificate(tmp_path) -> tuple[Path, Path]:
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl to make a certificate")
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -488,8 +487,25 @@ def test_tls(tmp_path, run):
          "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
         check=True, capture_output=True,
     )  # fmt: skip
+    return cert, key
+
+
+@pytest.mark.slow
+def test_tls(tmp_path, run, certificate):
+    cert, key = certificate
     with serving(run, "--tls-cert", cert, "--tls-key", key, folder=tmp_path) as served:
         assert served.document["url"].startswith("https://")
         context = ssl.create_default_context(cafile=cert)
         with contextlib.closing(http.client.HTTPSConnection(served.host, served.port, context=context)) as connection:
             assert infer(connection, served.path, x(1))[0] == 200
+
+
+@pytest.mark.slow
+def test_a_peer_that_begins_no_tls_is_cut_off(tmp_path, run, certificate):
+    cert, key = certificate
+    with (
+        serving(run, "--tls-cert", cert, "--tls-key", key, "--header-timeout-s", 1, folder=tmp_path) as served,
+        socket.create_connection((served.host, served.port), timeout=40) as silent,  # 60 s is what asyncio allows
+        contextlib.suppress(ConnectionResetError),
+    ):
+        assert silent.recv(1) == b""
