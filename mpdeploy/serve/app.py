@@ -34,7 +34,7 @@ from mpdeploy.serve.messages import (
 from mpdeploy.serve.metrics import exposition
 from mpdeploy.serve.options import ServerOptions
 from mpdeploy.serve.page import page
-from mpdeploy.serve.protocol import decode_request, encode_response, load_orjson, read_json
+from mpdeploy.serve.protocol import deadline_of, decode_request, encode_response, load_orjson, read_json
 from mpdeploy.serve.tracing import Tracer
 from mpdeploy.serve.wire import config_json, metadata_json, server_json
 
@@ -154,14 +154,13 @@ class App:
         if encoding is not None and encoding.lower() != b"identity":
             body = self._decompressed(body, encoding.lower(), held)
         connection = scope.get("mpdeploy.connection")
-        request, binary = decode_request(
-            body,
-            json_length,
-            name,
-            version,
-            timeout_ms=timeout,
-            cancelled=None if connection is None else connection.is_lost,
-        )
+        cancelled = None if connection is None else connection.is_lost
+        if json_length == b"0":
+            inputs = self.manager.version(name, version).contract.input_of_raw(body)
+            deadline = deadline_of({}, timeout)
+            request, binary = InferRequest(name, version, inputs, deadline=deadline, cancelled=cancelled), True
+        else:
+            request, binary = decode_request(body, json_length, name, version, timeout_ms=timeout, cancelled=cancelled)
         if self.tracer is None:
             response = await self.manager.infer(request)
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 
 from mpdeploy.artifact import Array, TensorSpec
 from mpdeploy.errors import ModelError, closest_names
-from mpdeploy.serve.dtypes import BF16, datatype_of
+from mpdeploy.serve.dtypes import BF16, array_from_raw, datatype_of
 from mpdeploy.serve.messages import BadRequestError, InferRequest
 from mpdeploy.serve.padding import Lengths, Padding
 
@@ -150,6 +152,26 @@ class Contract:
                 f"input '{self.inputs[0].spec.name}': {rows} samples, {self.max_batch} is the most in a request"
             )
         return admitted, rows, tuple([shape[1:] for shape in shapes]) if self.variable else (), lengths
+
+    def input_of_raw(self, body: bytes) -> dict[str, Array]:
+        """The input of a body that is one tensor and nothing else: Triton's raw binary request. One of BYTES is one element, without its length.
+
+        Raises:
+            BadRequestError: the shape cannot be told from the size, or they do not fit one another.
+        """
+        item = self.inputs[0] if len(self.inputs) == 1 else None
+        axes = None if item is None else item.spec.shape
+        if item is None or axes is None or len(axes) - len(item.fixed) > 1:
+            raise BadRequestError("a body without JSON is for models with one input, of which one axis at most varies")
+        where = f"input '{item.spec.name}'"
+        known = math.prod(size for _, size in item.fixed)
+        text = item.dtype.kind == "O"
+        if text and known != 1:
+            raise BadRequestError(f"{where}: a body without JSON is one element, the model takes {known}")
+        varies = 1 if text else len(body) // (known * item.dtype.itemsize or 1)
+        shape = [axis if isinstance(axis, int) else varies for axis in axes]
+        raw = struct.pack("<I", len(body)) + body if text else body
+        return {item.spec.name: array_from_raw(datatype_of(item.dtype), shape, raw, where)}
 
     def size_to_run(self, rows: int) -> int:
         """The batch size that the engine is run with for so many samples."""

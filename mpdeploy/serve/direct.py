@@ -73,7 +73,7 @@ class Door:
                 timeout = value
             elif key in _ELSEWHERE:
                 return None
-        if length is None or not app.authorised(connection.headers):
+        if length is None or json_length == b"0" or not app.authorised(connection.headers):
             return None
         size = int(length)
         if size > self._most or app.inflight_bytes + size > app.options.max_inflight_bytes:

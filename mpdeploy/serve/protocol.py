@@ -113,7 +113,7 @@ def decode_request(
         request_id,
         parameters,
         _outputs(document) if "outputs" in document else (),
-        _deadline(parameters, timeout_ms),
+        deadline_of(parameters, timeout_ms),
         cancelled,
     )
     if split < len(body) and split <= MAX_KNOWN and not request_id:
@@ -146,7 +146,7 @@ class _KnownHead:
             else:
                 arrays[tensor] = np.frombuffer(body, dtype, size // dtype.itemsize, position).reshape(shape)
             position = end
-        deadline = _deadline(self.parameters, timeout_ms) if self.timed or timeout_ms is not None else None
+        deadline = deadline_of(self.parameters, timeout_ms) if self.timed or timeout_ms is not None else None
         return InferRequest(name, version, arrays, "", self.parameters, self.outputs, deadline, cancelled)
 
 
@@ -337,7 +337,7 @@ def _parameters(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     return parameters
 
 
-def _deadline(parameters: Mapping[str, Any], timeout_ms: bytes | None) -> float | None:
+def deadline_of(parameters: Mapping[str, Any], timeout_ms: bytes | None) -> float | None:
     """From the parameter `timeout` (microseconds, as Triton has it) or the header; the sooner of the two."""
     deadline = None
     timeout_us = parameters.get("timeout")

@@ -374,6 +374,7 @@ def test_the_common_case_takes_the_short_way(url):
         {"alive": False},
         {"headers": [(b"content-encoding", b"gzip")]},
         {"headers": [(b"expect", b"100-continue")]},
+        {"headers": [(b"inference-header-content-length", b"0")]},
         {"headers": [(b"upgrade", b"websocket")]},
         {"headers": [(b"content-length", b"1001")]},
         {"cycle": SimpleNamespace(response_complete=False)},

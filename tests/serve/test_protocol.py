@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import decode_answer
 
+from mpdeploy.artifact import TensorSpec
 from mpdeploy.serve import protocol
+from mpdeploy.serve.contract import Contract
 from mpdeploy.serve.dtypes import BF16
 from mpdeploy.serve.messages import BadRequestError, InferResponse
 from mpdeploy.serve.protocol import decode_request, encode_request, encode_response
@@ -205,3 +207,37 @@ def test_a_body_with_flipped_bytes_is_read_or_refused(changes, data):
         except BadRequestError:
             continue
         assert all(isinstance(array, np.ndarray) for array in request.inputs.values())
+
+
+def contract_of(*inputs: TensorSpec) -> Contract:
+    return Contract.of(inputs, [TensorSpec("y", "float32", (None,))], batches=(1, 1, 8))
+
+
+@pytest.mark.parametrize("shape", [(None, 3), (2, None), (2, 3)])
+def test_a_body_without_json_has_the_shape_that_its_size_says(shape):
+    found = contract_of(TensorSpec("x", "float32", shape)).input_of_raw(X.tobytes())
+    np.testing.assert_array_equal(found["x"], X)
+
+
+@pytest.mark.parametrize("shape", [(None,), (1,), (None, 1)])
+def test_a_body_without_json_is_one_text(shape):
+    found = contract_of(TensorSpec("x", "object", shape)).input_of_raw(b"some text")
+    assert (found["x"].shape, found["x"].ravel().tolist()) == ((1,) * len(shape), [b"some text"])
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        [],
+        [TensorSpec("x", "float32", (None, None))],
+        [TensorSpec("x", "float32", None)],
+        [TensorSpec("x", "float32", (None, 5))],
+        [TensorSpec("x", "float32", (None, 0))],
+        [TensorSpec("x", "object", (None, 2))],
+        [TensorSpec("x", "float32", (None, 3)), TensorSpec("z", "float32", (None, 3))],
+    ],
+    ids=str,
+)
+def test_a_body_without_json_is_refused_where_its_shape_is_not_known(inputs):
+    with pytest.raises(BadRequestError):
+        contract_of(*inputs).input_of_raw(X.tobytes())

@@ -21,7 +21,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from served import Served, checksum_model, infer, make_run, mlp_model, serving, table_model, wait_for
+from real_triton import free_port
+from served import (
+    Served,
+    checksum_model,
+    decode_answer,
+    infer,
+    make_run,
+    mlp_model,
+    send,
+    serving,
+    table_model,
+    wait_for,
+)
 
 from mpdeploy.serve.metrics import model_key
 from mpdeploy.serve.protocol import encode_request
@@ -133,6 +145,17 @@ def test_a_compressed_body_is_refused_where_some_of_it_would_be_lost(server, enc
             "POST", f"{server.path}/infer", content, {**headers, "content-encoding": encoding}
         )
         assert found == status, (len(content), answer)
+
+
+def test_a_body_without_json_is_the_input(server):
+    sent = x(1, rows=3)["x"]
+    headers = {"inference-header-content-length": "0"}
+    status, got, content = server.call("POST", f"{server.path}/infer", sent.tobytes(), headers)
+    assert status == 200, content
+    outputs = decode_answer(content, got["inference-header-content-length"])
+    np.testing.assert_array_equal(outputs["y"], sent * 2)
+    status, _, content = server.call("POST", f"{server.path}/infer", sent.tobytes()[:-1], headers)
+    assert (status, b"input 'x'" in content) == (400, True), content
 
 
 def raw(server, content: bytes, *, until: float = 20) -> bytes:
