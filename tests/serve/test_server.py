@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_triton import free_port
 from served import (
     Served,
     checksum_model,
@@ -29,7 +28,6 @@ from served import (
     infer,
     make_run,
     mlp_model,
-    send,
     serving,
     table_model,
     wait_for,
