@@ -74,6 +74,7 @@ def convert(
     from mpdeploy.data_files import load_amax
     from mpdeploy.errors import UsageError
     from mpdeploy.gates.project import project_gates_accept
+    from mpdeploy.pipeline import TerminatedError
     from mpdeploy.run_dir import RunDir
     from mpdeploy.searching import parse_drop
     from mpdeploy.searching.conversion import convert_searched
@@ -104,10 +105,15 @@ def convert(
             "progress": bar.doing,
         }  # fmt: skip
         if search:
-            done = convert_searched(
-                model, **common, cost=cost, mixed_half=mixed_half, state=target.with_suffix(".search"),
-                on_progress=bar.searching,
-            )  # fmt: skip
+            state = target.with_suffix(".search")
+            try:
+                done = convert_searched(
+                    model, **common, cost=cost, mixed_half=mixed_half, state=state, on_progress=bar.searching
+                )
+            except (KeyboardInterrupt, TerminatedError):
+                if (state / "keep.json").exists():
+                    err.print(f"the best keep-list so far: --keep @{state / 'keep.json'}", markup=False)
+                raise
         else:
             trained: dict[str, Any] = {} if ranges is None else load_amax(ranges)
             done = run_conversion(model, **common, **trained)
@@ -163,6 +169,9 @@ def _show(document: dict[str, Any]) -> None:
 
 
 def _show_search(search: dict[str, Any], out: Any) -> None:
+    out.print(
+        f"keep-list: {search['keep_list']}; edit it, and give it back with --keep @{search['keep_list']}", markup=False
+    )
     shown = "each shown to be needed" if search["minimal"] else "not each shown to be needed"
     out.print(
         f"search: {search['gate']}; {search['kept']} of {search['searched']} kept, {shown}; {search['evaluations']:g} evaluations",

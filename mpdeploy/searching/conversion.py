@@ -12,7 +12,7 @@ from typing import Any
 from mpdeploy.artifact import Array
 from mpdeploy.conversion import Accept, Conversion, refuse_to_overwrite
 from mpdeploy.data_files import FeedSet
-from mpdeploy.errors import GateFailedError
+from mpdeploy.errors import GateFailedError, UsageError
 from mpdeploy.precision.formats import FORMATS, HalfName
 from mpdeploy.precision.rewrite import count_precisions
 from mpdeploy.precision.search.islands import rewrite_with_islands
@@ -51,6 +51,8 @@ def convert_searched(
     """
     begin = time.perf_counter()
     refuse_to_overwrite(model, output)
+    if state is not None and state.exists() and not state.is_dir():
+        raise UsageError(f"{state}, where the search keeps its log, is a file.", hint="move it away")
     found = search_model(
         model, data=data, keep=keep, precision=precision, keep_io=keep_io, keep_io_names=keep_io_names, max_drift=max_drift,
         metric=metric, labels=labels, max_drop=max_drop, cost=cost, mixed_half=mixed_half, folder=state, progress=progress, on_progress=on_progress,
@@ -81,5 +83,5 @@ def convert_searched(
         warnings=tuple(warnings),
         seconds=time.perf_counter() - begin,
         evaluations=round(found.evaluations, 2),
-        search=found.to_json(),
+        search=found.to_json() | ({} if state is None else {"keep_list": str(state / "keep.json")}),
     )

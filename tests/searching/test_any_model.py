@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +124,32 @@ def test_the_model_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is the input model itself"):
         convert_searched(path, data=_data(tmp_path / "x.npz"), max_drift=1e-2, output=path)
     assert sha256_of_file(path) == before
+
+
+def test_it_says_where_the_keep_list_is_and_takes_no_file_for_its_folder(tmp_path: Path) -> None:
+    path = _model(tmp_path / "m.onnx", OVERFLOWS, **_weights())
+    command = [
+        sys.executable,
+        "-m",
+        "mpdeploy",
+        "convert",
+        "m.onnx",
+        "--data",
+        _data(tmp_path / "x.npz"),
+        "--search",
+        "--max-drift",
+        "5e-3",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    named = re.search(r"keep-list: (\S+);", done.stdout)
+    assert named is not None, done.stdout
+    again = convert(path, data=str(tmp_path / "x.npz"), keep=[f"@{tmp_path / named[1]}"], max_drift=5e-3)
+    assert {"d", "e", "f"} <= set(again.plan.kept)
+    shutil.rmtree(tmp_path / "m.fp16.search")
+    (tmp_path / "m.fp16.search").touch()
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "m.fp16.search, where the search keeps its log, is a file" in refused.stderr
 
 
 def test_weights_beside_the_model_belong_to_the_log(tmp_path: Path) -> None:
