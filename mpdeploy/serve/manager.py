@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 from mpdeploy.errors import MpdeployError
+from mpdeploy.serve.following import Follower, RunWatch
 from mpdeploy.serve.instance import Watcher
 from mpdeploy.serve.loading import load_version
 from mpdeploy.serve.messages import (
@@ -25,7 +25,7 @@ from mpdeploy.serve.messages import (
 )
 from mpdeploy.serve.metrics import model_key, models_in, of_model
 from mpdeploy.serve.options import ServerOptions
-from mpdeploy.serve.repository import Repository, default_name, digest, stamp_of
+from mpdeploy.serve.repository import Repository, default_name, digest
 from mpdeploy.serve.selection import Candidate, Selection, UnknownEngineError
 from mpdeploy.serve.shared import Counts, Shared
 from mpdeploy.serve.statistics import triton_statistics
@@ -37,8 +37,6 @@ log = logging.getLogger("mpdeploy.serve")
 TICK_S = 0.05
 PUBLISH_EVERY = 10
 """Ticks between two looks at what the processes share."""
-RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-"""Pauses before what could not be loaded is tried again."""
 FOLLOW_S = 60.0
 """How long a load waits until every process behind the port serves the model too."""
 
@@ -68,13 +66,10 @@ class ModelManager:
         self._failed: dict[str, str] = {}
         self._draining: list[tuple[str, Version]] = []
         self._retired: Counts = {}
-        self._generation = 0
-        self._following: asyncio.Task[None] | None = None
+        self._follower = Follower(self.shared, self._load_wanted, self._retire_but)
+        self._run_watch = RunWatch(self.shared, self.reload)
         self._started = False
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stamp: Any = None
-        self._seen: Any = None
-        self._reading: asyncio.Task[None] | None = None
 
     # -- starting and stopping -----------------------------------------------------------------------------------------
 
@@ -92,7 +87,7 @@ class ModelManager:
         for name, model in wanted.models.items():
             self._repository.known.setdefault(name, model["run"])
             self._put(name, await self._load(name, model))
-        self._generation = wanted.generation
+        self._follower.generation = wanted.generation
         self._started = True
         self.shared.write_counts(self.counts())
         self._keep(self._tick())
@@ -267,7 +262,7 @@ class ModelManager:
         """All counters and gauges of this process."""
         counts: Counts = dict(self._retired)
         for name, version in (*self._versions.items(), *self._draining):
-            counts |= _counts_of(name, version)
+            counts |= version.counts(name)
         counts["gauge/processes"] = 1
         return counts | self._gauges()
 
@@ -306,14 +301,17 @@ class ModelManager:
             self._drain(name, before)
 
     def _retire(self, name: str) -> None:
-        version = self._versions.pop(name)
-        self._drain(name, version)
+        self._drain(name, self._versions.pop(name))
+
+    def _retire_but(self, wanted: Collection[str]) -> None:
+        for name in set(self._versions) - set(wanted):
+            self._retire(name)
 
     def _drain(self, name: str, version: Version) -> None:
         async def drain() -> None:
             await version.close(self.options.stop_s)
             self._draining.remove((name, version))
-            self._retired |= {key: value for key, value in _counts_of(name, version).items() if "gauge/" not in key}
+            self._retired |= {key: value for key, value in version.counts(name).items() if "gauge/" not in key}
             log.info("%s %s has drained", name, version.number)
 
         self._draining.append((name, version))
@@ -355,10 +353,10 @@ class ModelManager:
         return task
 
     def _publish(self, models: Mapping[str, dict[str, Any]]) -> None:
-        up_to_date = self._generation == self.shared.wanted().generation
+        up_to_date = self._follower.generation == self.shared.wanted().generation
         generation = self.shared.publish(models).generation
-        if up_to_date:  # else `_follow` sees to what the other processes have changed before
-            self._generation = generation
+        if up_to_date:  # else there is what the other processes have changed before
+            self._follower.generation = generation
 
     async def _tick(self) -> None:
         count = 0
@@ -371,29 +369,11 @@ class ModelManager:
                 if count % PUBLISH_EVERY == 0:
                     if not self.shared.alone:
                         self.shared.write_counts(self.counts())
-                        behind = self.shared.wanted().generation > self._generation
-                        if behind and (self._following is None or self._following.done()):
-                            self._following = self._keep(self._follow())
+                        self._follower.look(self._keep)
                     if self.options.watch:
-                        self._watch()
+                        self._run_watch.look(self._keep)
             except Exception:
                 log.exception("a fault of the server's own housekeeping")
-
-    async def _follow(self) -> None:
-        """Serve what another process was told to serve; what cannot be loaded here is tried again, after pauses."""
-        pauses = chain(RETRY_S, repeat(RETRY_S[-1]))
-        while (wanted := self.shared.wanted()).generation > self._generation:
-            loaded = [await self._load_wanted(name, model) for name, model in wanted.models.items()]
-            if self.shared.wanted().generation != wanted.generation:
-                continue
-            for name in set(self._versions) - set(wanted.models):
-                self._retire(name)
-            if all(loaded):
-                self._generation = wanted.generation
-                return
-            until = time.monotonic() + next(pauses)
-            while time.monotonic() < until and self.shared.wanted().generation == wanted.generation:
-                await asyncio.sleep(TICK_S)
 
     async def _load_wanted(self, name: str, model: Mapping[str, Any]) -> bool:
         """Serve this version, unless another is wanted once it is loaded; False where it cannot be loaded."""
@@ -413,35 +393,3 @@ class ModelManager:
             version.serve()
             await version.close(self.options.stop_s)
         return True
-
-    def _watch(self) -> None:
-        """Load again what changed, once it has been still between two looks."""
-        stamp = self._stamps()
-        if stamp == self._stamp != self._seen and (self._reading is None or self._reading.done()):
-            self._reading = self._keep(self._read_again(stamp))
-        self._stamp = stamp
-
-    async def _read_again(self, stamp: Any) -> None:
-        """Load what changed; where it cannot be loaded, as while it is still being copied, try again after pauses."""
-        for pause in chain(RETRY_S, repeat(RETRY_S[-1])):
-            if await self.reload():
-                self._seen = stamp
-                return
-            until = time.monotonic() + pause
-            while time.monotonic() < until:
-                await asyncio.sleep(TICK_S)
-                if self._stamps() != stamp:  # the next look sees to it
-                    return
-
-    def _stamps(self) -> Any:
-        return tuple(stamp_of(Path(model["run"])) for model in self.shared.wanted().models.values())
-
-
-def _counts_of(name: str, version: Version) -> Counts:
-    flat = version.statistics.to_flat() | {
-        "gauge/pending": version.pending,
-        "gauge/dead": float(version.dead is not None),
-    }
-    for watcher in version.watchers:
-        flat |= watcher.figures()
-    return {model_key(name, version.number, key): value for key, value in flat.items()}

@@ -30,8 +30,10 @@ from mpdeploy.serve.messages import (
     ServeError,
     UnavailableServeError,
 )
+from mpdeploy.serve.metrics import model_key
 from mpdeploy.serve.options import ModelOptions
 from mpdeploy.serve.selection import Candidate
+from mpdeploy.serve.shared import Counts
 from mpdeploy.serve.statistics import Statistics
 from mpdeploy.serve.warmup import Prepared
 
@@ -236,6 +238,13 @@ class Version:
     def _post(self, function: Callable[..., None], *values: Any) -> None:
         with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
             self._loop.call_soon_threadsafe(function, *values)
+
+    def counts(self, name: str) -> Counts:
+        """Its counters and gauges, and those of its watchers, by the keys under which all processes add them up."""
+        flat = self.statistics.to_flat() | {"gauge/pending": self.pending, "gauge/dead": float(self.dead is not None)}
+        for watcher in self.watchers:
+            flat |= watcher.figures()
+        return {model_key(name, self.number, key): value for key, value in flat.items()}
 
     # -- on the event loop's thread ------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import pytest
 from served import checksum_model, make_run, mlp_model, serving
 
 from mpdeploy.errors import UnavailableError
+from mpdeploy.serve import following
 from mpdeploy.serve import manager as manager_module
 from mpdeploy.serve.manager import ModelManager
 from mpdeploy.serve.messages import BadRequestError, InferRequest, UnavailableServeError
@@ -83,14 +84,14 @@ def test_a_slow_load_of_an_old_version_never_replaces_a_newer_one(runs, tmp_path
             await leader.load("m", {"run": "one"})
             go.set()
             await until(lambda: numbers(follower) == ["3"])
-            await until(lambda: follower._generation == leader._generation)
+            await until(lambda: follower._follower.generation == leader._follower.generation)
             return served
 
     assert asyncio.run(main()) == ["3"]
 
 
 def test_a_process_that_could_not_follow_tries_again(runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(manager_module, "RETRY_S", (0.1,))
+    monkeypatch.setattr(following, "RETRY_S", (0.1,))
 
     async def main():
         async with managed(runs / "one", shared=tmp_path, repository=runs) as leader, \
@@ -188,7 +189,7 @@ def test_a_fault_while_a_request_is_sampled_ends_no_engine(runs, tmp_path, monke
 
 
 def test_a_run_that_is_copied_in_place_is_loaded_once_it_is_complete(runs, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(manager_module, "RETRY_S", (0.1,))
+    monkeypatch.setattr(following, "RETRY_S", (0.1,))
     run, new = tmp_path / "run", make_run(tmp_path / "new", mlp_model((16, 4)), name="m")
     shutil.copytree(runs / "one", run)
 
