@@ -245,6 +245,7 @@ class _Proofs:
                 self.between &= less
                 self.untested &= less
                 self.found = {unit: proof for unit, proof in self.found.items() if unit in less}
+                self.untested |= less - self.found.keys() - self.between
                 return True
             self.found[unit] = Proof(unit, found.drift, max(1, round(found.share * self.num_samples)), needed=True)
         return False
