@@ -126,9 +126,7 @@ class App:
             name = parts[3]
             version, rest = (parts[5], parts[6:]) if parts[4] == "versions" and len(parts) > 5 else (None, parts[4:])
             if stranger and not self.manager.serves(name, version):
-                raise UnknownModelError(
-                    "there is no such model"
-                )  # the manager's message would name those that there are
+                raise UnknownModelError("there is no such model")  # the manager's message names those that there are
             if rest == ["infer"]:
                 _allow(method, "POST")
                 return await self._infer(scope, receive, held, name, version)

@@ -245,11 +245,11 @@ class Batcher:
 
     def close_and_clear(self) -> list[Item]:
         """Take no more requests, and take out those that are queued: no engine is left."""
+        self.close()
         with self._lock:
             items = [item for queue in self._queues.values() for item in queue]
             self._queues.clear()
             self._count = 0
-        self.close()
         return items
 
     def _pop(self) -> tuple[list[Item], list[tuple[Item, ServeError]], int]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mpdeploy.artifact import Array
+from mpdeploy.serve.memory import remember
 from mpdeploy.serve.messages import InferRequest, ServeError
 from mpdeploy.serve.protocol import decode_request, encode_response
 
@@ -101,9 +102,7 @@ class Door:
         route = (parts[3].decode(), parts[5].decode() if len(parts) == 7 else None)
         if not self.app.manager.serves(*route):
             return None  # a stranger's paths are not remembered
-        if len(self._routes) >= MAX_ROUTES:
-            self._routes.clear()
-        self._routes[url] = route
+        remember(self._routes, url, route, MAX_ROUTES)
         return route
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator, Mapping
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class Follower:
 
     async def _follow(self) -> None:
         """What cannot be loaded here is tried again, after pauses."""
-        pauses = chain(RETRY_S, repeat(RETRY_S[-1]))
+        pauses = _pauses()
         while (wanted := self._shared.wanted()).generation > self.generation:
             loaded = [await self._load(name, model) for name, model in wanted.models.items()]
             if self._shared.wanted().generation != wanted.generation:
@@ -61,9 +61,7 @@ class Follower:
             if all(loaded):
                 self.generation = wanted.generation
                 return
-            until = time.monotonic() + next(pauses)
-            while time.monotonic() < until and self._shared.wanted().generation == wanted.generation:
-                await asyncio.sleep(LOOK_S)
+            await _pause(next(pauses), lambda: self._shared.wanted().generation == wanted.generation)
 
 
 class RunWatch:
@@ -90,15 +88,26 @@ class RunWatch:
 
     async def _read_again(self, stamp: Any) -> None:
         """Where a run cannot be loaded, as while it is still being copied, try again after pauses."""
-        for pause in chain(RETRY_S, repeat(RETRY_S[-1])):
+        for seconds in _pauses():
             if await self._reload():
                 self._seen = stamp
                 return
-            until = time.monotonic() + pause
-            while time.monotonic() < until:
-                await asyncio.sleep(LOOK_S)
-                if self._stamps() != stamp:  # the next look sees to it
-                    return
+            if not await _pause(seconds, lambda: self._stamps() == stamp):  # the next look sees to it
+                return
 
     def _stamps(self) -> Any:
         return tuple(stamp_of(Path(model["run"])) for model in self._shared.wanted().models.values())
+
+
+def _pauses() -> Iterator[float]:
+    return chain(RETRY_S, repeat(RETRY_S[-1]))
+
+
+async def _pause(seconds: float, unchanged: Callable[[], bool]) -> bool:
+    """Wait so long, or until something has changed; False where it has."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        await asyncio.sleep(LOOK_S)
+        if not unchanged():
+            return False
+    return True

@@ -17,6 +17,7 @@ import numpy as np
 from mpdeploy.artifact import Array
 from mpdeploy.errors import MissingExtraError
 from mpdeploy.serve.dtypes import array_from_json, array_from_raw, datatype_of, json_from_array, raw_from_array
+from mpdeploy.serve.memory import remember
 from mpdeploy.serve.messages import BadRequestError, InferRequest, InferResponse, RequestedOutput
 
 MAX_NAME = 256
@@ -162,14 +163,7 @@ def _remember(head: bytes, document: Mapping[str, Any], request: InferRequest, b
         return
     if any(array.dtype.kind not in "iufV" for array in request.inputs.values()):
         return
-    _keep(_KNOWN, head, _KnownHead(request, binary))
-
-
-def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Remember, but not for ever: strangers decide what there is to remember."""
-    if len(known) >= MAX_KNOWN_HEADS:
-        known.clear()
-    known[key] = value
+    remember(_KNOWN, head, _KnownHead(request, binary), MAX_KNOWN_HEADS)
 
 
 def encode_response(response: InferResponse, request: InferRequest, binary: bool) -> tuple[bytes, int | None]:
@@ -205,7 +199,7 @@ def encode_response(response: InferResponse, request: InferRequest, binary: bool
     document["outputs"] = outputs
     head: bytes = load_orjson().dumps(document)
     if plain and raws and all(array.dtype.kind in "biufV" for array in response.outputs.values()):
-        _keep(_HEADS, (response.model_name, response.model_version, shapes), head)
+        remember(_HEADS, (response.model_name, response.model_version, shapes), head, MAX_KNOWN_HEADS)
     return (b"".join((head, *raws)), len(head)) if raws else (head, None)
 
 

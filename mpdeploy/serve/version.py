@@ -20,6 +20,7 @@ from mpdeploy.artifact import Array
 from mpdeploy.serve.batcher import Batcher, Borrowed, Item, Reply
 from mpdeploy.serve.contract import Contract, Key
 from mpdeploy.serve.instance import Done, Instance, Watcher
+from mpdeploy.serve.memory import remember
 from mpdeploy.serve.messages import (
     CancelledRequestError,
     DeadlineError,
@@ -277,9 +278,7 @@ class Version:
         at, took_ns = (done.items[0].key, (done.size - 1).bit_length()), done.infer_ns
         known_ns = self._took_ns.get(at)
         if known_ns is None:
-            if len(self._took_ns) >= MAX_LEARNT:
-                self._took_ns.clear()
-            self._took_ns[at] = took_ns
+            remember(self._took_ns, at, took_ns, MAX_LEARNT)
         else:
             self._took_ns[at] = known_ns + (took_ns - known_ns) * (LEARNING_DOWN if took_ns < known_ns else LEARNING_UP)
 
