@@ -138,7 +138,11 @@ class FlowCosts:
         )
         self._all = frozenset(unit.key for unit in flow.units)
         self._half_at_most = self._all - self.rule_fixed
-        priced = {key: costs.units[key] for key in self._half_at_most - self._borders}
+        self._given = self.rule_fixed | self._borders
+        """Units that keep no rounding from happening: what they are follows from rules, or from others."""
+        gains = costs.units if costs.cast else {unit.key: unit.gain for unit in flow.units}
+        self._gains = {key: 0.0 if key in self._borders else gain for key, gain in gains.items()}
+        priced = {key: costs.units[key] for key in self._all - self._given}
         self._prices = Prices(flow, priced, costs.cast)
         self._known: dict[KeepSet, float] = {}
         self._planned: dict[KeepSet, frozenset[str]] = {}
@@ -148,24 +152,22 @@ class FlowCosts:
 
     def _held_by(self, switch: Switch) -> tuple[str, ...]:
         """The units that keep a switch from being thrown; an output that is an input too is kept by that."""
-        known = self.rule_fixed | self._borders
-        return tuple(self._passed.get(key, key) for key in switch.needs if key not in known)
+        return tuple(self._passed.get(key, key) for key in switch.needs if key not in self._given)
 
     def half_keys(self, kept: KeepSet) -> frozenset[str]:
         """The units that are half when exactly these are kept."""
         half = self._half_at_most - kept
         if self._borders:
-            units = [
-                unit if unit.key in self._borders else replace(unit, gain=math.inf, fixed=unit.key not in half)
-                for unit in self.flow.units
-            ]
-            half = frozenset(half_units(self._flow_of(units)))
+            half = self._cheapest_half(kept, {key: 0.0 if key in self._borders else math.inf for key in self._all})
         return self._with_passed(half)
 
-    def _flow_of(self, units: list[Unit]) -> Flow:
-        flow = Flow(units)
+    def _cheapest_half(self, kept: KeepSet, gains: Mapping[str, float]) -> frozenset[str]:
+        """The half units of the labelling that costs least with these in FP32, by what half saves at each of the others."""
+        flow = Flow(
+            [replace(unit, fixed=unit.fixed or unit.key in kept, gain=gains[unit.key]) for unit in self.flow.units]
+        )
         flow.edges, flow.of_key = self.flow.edges, self.flow.of_key
-        return flow
+        return frozenset(half_units(flow))
 
     def _with_passed(self, half: Collection[str]) -> frozenset[str]:
         """With each output that is an input too where its input is."""
@@ -180,18 +182,8 @@ class FlowCosts:
         if self.costs.name == "nodes":
             return self.half_keys(kept)
         if kept not in self._planned:
-            gains = self.costs.units if self.costs.cast else {unit.key: unit.gain for unit in self.flow.units}
-            flow = self._flow_of(
-                [
-                    replace(
-                        unit,
-                        fixed=unit.fixed or unit.key in kept,
-                        gain=0.0 if unit.key in self._borders else gains[unit.key],
-                    )
-                    for unit in self.flow.units
-                ]
-            )
-            self._planned[kept] = self._with_passed(half_units(flow) | (self.never - self.rule_fixed))
+            half = self._cheapest_half(kept, self._gains) | (self.never - self.rule_fixed)
+            self._planned[kept] = self._with_passed(half)
         return self._planned[kept]
 
     def planned(self, kept: KeepSet) -> KeepSet:
@@ -215,8 +207,7 @@ class FlowCosts:
 
     def front(self, energies: Mapping[str, float], hard: KeepSet) -> list[Candidate]:
         """Every keep-list on the lower convex hull of cost against energy, from `hard` alone to everything."""
-        known = self.rule_fixed | self._borders
-        live = [s for s in self.switches if energies[s.name] > 0 and not known.issuperset(s.needs)]
+        live = [s for s in self.switches if energies[s.name] > 0 and not self._given.issuperset(s.needs)]
         least = frozenset(hard)
         found: dict[KeepSet, tuple[float, float]] = {least: self._price(least, live, energies)}
         everything = self._cut(math.inf, least, live, energies)
@@ -255,7 +246,7 @@ class FlowCosts:
         return steps[::-1]
 
     def _price(self, kept: KeepSet, live: Sequence[Switch], energies: Mapping[str, float]) -> tuple[float, float]:
-        fp32 = kept | self.rule_fixed | self._borders
+        fp32 = kept | self._given
         energy = sum(energies[s.name] for s in live if not fp32.issuperset(s.needs))
         return sum(self.costs.units[key] for key in kept), energy
 

@@ -37,6 +37,9 @@ HANDFUL = 12
 FAILURES = 16
 """Measurements in a row that do not pass, before it ends."""
 
+Proposal = tuple[float, float, KeepSet]
+"""What it promises, its chance, and the keep-list."""
+
 
 def exchange(ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_evaluations: float) -> KeepSet:
     """The cheapest keep-list that was found to pass, `kept` if there is none cheaper.
@@ -124,21 +127,17 @@ class _Handful:
 
     def best(
         self, ledger: Ledger, surrogate: Surrogate, price: float, measured: Collection[KeepSet]
-    ) -> Iterator[Proposal]:
+    ) -> Proposal | None:
         """The one that promises most below a price, if there is any."""
         chances = surrogate.chances(self._thrown @ surrogate.features)
         worth = (price - self._prices) * chances**2
         for number in np.argsort(-worth, kind="stable"):
             if not worth[number] > 0 or chances[number] < LEAST_CHANCE:
-                return
+                break
             proposal = ledger.problem.canonical(self._keep_set(int(number)))
             if proposal not in measured:
-                yield float(worth[number]), float(chances[number]), proposal
-                return
-
-
-Proposal = tuple[float, float, KeepSet]
-"""What it promises, its chance, and the keep-list."""
+                return float(worth[number]), float(chances[number]), proposal
+        return None
 
 
 def _propose(
@@ -155,7 +154,8 @@ def _propose(
         walk.limit = _below(start.price)
         walks += [walk] if walk.let_go() else []
     walks.sort(key=lambda walk: -(start.price - walk.price) * walk.chance**2)
-    found: list[Proposal] = [] if few is None else list(few.best(ledger, surrogate, price, measured))
+    looked_up = None if few is None else few.best(ledger, surrogate, price, measured)
+    found: list[Proposal] = [] if looked_up is None else [looked_up]
     for walk in walks[:TRIED_WELL]:
         for better in (walk, walk.exchanged(DEPTH)):
             proposal = ledger.problem.canonical(better.keep_set)

@@ -174,14 +174,15 @@ def _searched_entries(argument: str) -> list[Mapping[str, Any] | str] | None:
 def _list_in(document: Mapping[str, Any], key: str, named: str, argument: str) -> list[Mapping[str, Any] | str]:
     """A list of a keep-list that people may have edited: each entry is a text, or an object with a text `named`."""
     entries = document.get(key, [])
-    for entry in entries if isinstance(entries, list) else [entries]:
-        if not isinstance(entries, list) or not isinstance(
-            entry.get(named) if isinstance(entry, Mapping) else entry, str
-        ):
-            raise KeepListError(
-                f'The keep-list {argument[1:]}: in "{key}", {json.dumps(entry)[:80]} names nothing.',
-                hint=f'"{key}" is a list of patterns, or of objects like {{"{named}": "NAME"}}',
-            )
+    wrong = [entries]
+    if isinstance(entries, list):
+        names = [entry.get(named) if isinstance(entry, Mapping) else entry for entry in entries]
+        wrong = [entry for entry, name in zip(entries, names, strict=True) if not isinstance(name, str)]
+    if wrong:
+        raise KeepListError(
+            f'The keep-list {argument[1:]}: in "{key}", {json.dumps(wrong[0])[:80]} names nothing.',
+            hint=f'"{key}" is a list of patterns, or of objects like {{"{named}": "NAME"}}',
+        )
     return list(entries)
 
 

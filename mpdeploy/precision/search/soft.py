@@ -202,7 +202,6 @@ class _Proofs:
             self.beside[unit] = self.kept
             less = self.kept - {unit}
             found = self.ledger.evaluate(less, exactly=True)
-            looked = max(1, round(found.share * self.num_samples))
             drift = found.drift
             self.between.discard(unit)
             if found.passes and unit in self.ledger.problem.canonical(less):
@@ -215,7 +214,7 @@ class _Proofs:
                 continue
             if found.passes and self.ledger.problem.gates_drift:
                 drift = really  # what stands in for the thing itself passes by a hair, and that does not
-            self.found[unit] = Proof(unit, drift, looked, needed=True)
+            self.found[unit] = Proof(unit, drift, self._looked_at(found), needed=True)
 
     def revise(self) -> bool:
         """Take back what was shown beside a unit that has gone since; whether there is any, and evaluations to show it anew."""
@@ -243,12 +242,15 @@ class _Proofs:
             if found.passes and self.ledger.really(less) <= self.ledger.gate:
                 self.kept = less
                 self.between &= less
-                self.untested &= less
                 self.found = {unit: proof for unit, proof in self.found.items() if unit in less}
-                self.untested |= less - self.found.keys() - self.between
+                self.untested = (self.untested & less) | (less - self.found.keys() - self.between)
                 return True
-            self.found[unit] = Proof(unit, found.drift, max(1, round(found.share * self.num_samples)), needed=True)
+            self.found[unit] = Proof(unit, found.drift, self._looked_at(found), needed=True)
         return False
+
+    def _looked_at(self, found: Evaluation) -> int:
+        """Samples of a measurement, which may have ended early."""
+        return max(1, round(found.share * self.num_samples))
 
     def _named(self) -> KeepSet:
         """Without what the plan keeps anyhow, between the others."""
