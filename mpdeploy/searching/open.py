@@ -111,13 +111,14 @@ def open_search(
             raise DataError(
                 f"There are {num_rows} answers and {num_labels} labels.", hint="one label an answer, in the same order"
             )
-        scores = None if scorer is None else scores_of(scorer, [batch.golden for batch in batches], batches).tolist()
-        if scores is not None and not np.isfinite(scores).all():
+        scores = np.zeros(1) if scorer is None else scores_of(scorer, [batch.golden for batch in batches], batches)
+        if not np.isfinite(scores).all():
             raise DataError(
                 f"The metric of the FP32 model itself is not finite on {np.sum(~np.isfinite(scores))} samples: nothing can be held against that.",
                 hint="mpdeploy compare shows what it answers",
             )
-        digest = digest_of_json([*sources, half.name, gate, priced, scores])
+        reference = float(scores.mean())
+        digest = digest_of_json([*sources, half.name, gate, priced, None if scorer is None else scores.tolist()])
         progress("measuring what each rounding injects")
         open_model = opener(prepared.model, scratch, "injected")
         injected = injected_errors(prepared, batches, half, graph.switches, open_model)
@@ -129,7 +130,7 @@ def open_search(
         really: dict[frozenset[str], tuple[DriftReport, float]] = {}
 
         def measure_plan(plan: PrecisionPlan) -> tuple[DriftReport, float]:
-            return really_measured(path, prepared, plan, feeds, scorer, batches)
+            return really_measured(path, prepared, plan, feeds, scorer, reference, batches)
 
         def confirm(half_keys: frozenset[str]) -> tuple[DriftReport, float]:
             if half_keys not in really:
@@ -141,6 +142,7 @@ def open_search(
             model,
             limit=limit,
             scorer=scorer,
+            reference=reference,
             held_out=held_out,
             digest=digest,
             confirm=lambda kept: confirm(costs.planned_half_keys(kept))[1],

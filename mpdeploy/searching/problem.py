@@ -162,6 +162,7 @@ class ModelProblem:
         model: what runs.
         limit: largest drift, or largest drop of the mean score where a scorer is given.
         scorer: scores outputs, or None: the drift gates.
+        reference: mean score of the FP32 model.
         held_out: samples that count in pass or fail and that nothing else is learnt from.
         digest: of model, data, gate and costs.
         confirm: measures the really rewritten model.
@@ -173,6 +174,7 @@ class ModelProblem:
         *,
         limit: float,
         scorer: Scorer | None,
+        reference: float,
         held_out: Collection[int],
         digest: str,
         confirm: Callable[[KeepSet], float],
@@ -185,9 +187,7 @@ class ModelProblem:
         self._held_out = frozenset(held_out)
         self.units = [unit.key for unit in model.costs.flow.units if unit.key in model.costs.free]
         self._scorer = scorer
-        self._reference = 0.0
-        if scorer is not None:
-            self._reference = float(scores_of(scorer, [batch.golden for batch in model.batches], model.batches).mean())
+        self._reference = reference
 
     def canonical(self, kept: KeepSet) -> KeepSet:
         """What the plan keeps: these, and what lies between them where half would cost more in casts than it saves."""
