@@ -6,7 +6,7 @@ that it fails about every second time (hazards of its members add up to ln 2), w
 
 Because every test is made beside what was cleared, units that fail only together need nothing extra: the first of a pair is cleared,
 the second is found. If lost outputs stay lost when more becomes half, the answer is 1-minimal by construction.
-Bound: one cause among n costs at most 2 + ceil(log2 n) tests. Source: Hwang 1972 (generalised binary splitting), with online estimation.
+Bound: k causes among n, k up to `FEW`, cost at most 1 + k (1 + ceil(log2 n)) tests, wherever they lie. Source: Hwang 1972 (generalised binary splitting), with online estimation.
 """
 
 from __future__ import annotations
@@ -124,10 +124,20 @@ class _GroupTesting:
         self.found.append(group[0])
 
     def _median(self, group: Sequence[str]) -> int:
-        """Where to split so that, given that the group holds a cause, it lies left with probability one half."""
+        """Where to split so that, given that the group holds a cause, it lies left with probability one half.
+
+        For the first few causes only as far from the middle as does not need a test more than halving in the worst case.
+        """
+        suspected = any(unit in self._suspicion for unit in group)
         rate = self._rate() if len(self.found) > 1 else 0.0
-        if rate <= 0 and not any(unit in self._suspicion for unit in group):
+        if rate <= 0 and not suspected:
             return len(group) // 2
+        if len(self.found) < FEW and not suspected:
+            half = 1 << (len(group) - 1).bit_length() - 1
+            return min(max(self._likely_half(group, rate), len(group) - half), half)
+        return self._likely_half(group, rate)
+
+    def _likely_half(self, group: Sequence[str], rate: float) -> int:
         hazards = [self._hazard(unit, max(rate, 1e-6)) for unit in group]
         fails = -math.expm1(-sum(hazards))
         total = 0.0

@@ -43,6 +43,18 @@ def test_one_trap_costs_about_log_n_wherever_it_lies(position: int) -> None:
     assert tests.count <= 12
 
 
+def test_five_traps_stay_within_halving_wherever_they_lie() -> None:
+    """The first five cost at most ceil(log2 n) tests each, and one of the rest after each: no density that is guessed costs more."""
+    rng = np.random.default_rng(0)
+    spread = [rng.choice(len(UNITS), 5, replace=False) for _ in range(300)]
+    close = [start + np.arange(5) for start in (0, 1, 30, 495, 995)]
+    geometric = [np.array([15, 31, 62, 125, 250]), np.array([0, 500, 750, 875, 937]), np.array([0, 1, 2, 3, 999])]
+    for chosen in [*spread, *close, *geometric]:
+        tests = LostTest(*(frozenset({UNITS[i]}) for i in chosen))
+        assert {frozenset({unit}) for unit in find_hard(UNITS, tests)} == set(tests.groups)
+        assert tests.count <= 1 + 5 * (10 + 1), sorted(chosen)
+
+
 def test_of_a_pair_that_fails_only_together_one_is_kept() -> None:
     for seed in range(10):
         chosen = np.random.default_rng(seed).choice(len(UNITS), 6, replace=False)
