@@ -18,6 +18,8 @@ DOUBTFUL = 12.0
 """Evaluations that a proof short of them keeps for the units that look least needed."""
 REVISIONS = 3
 """How often all is measured anew because a unit has gone; in the last one few or none go."""
+IN_A_ROW = 10
+"""So many units, least needed first, that are needed one after another: the others are taken to be needed, too, until they are shown to be."""
 MAX_PRUNE = 12
 """Evaluations that pruning may take before the proof does the rest."""
 
@@ -133,6 +135,7 @@ def prove(
     proofs.of_lost(hard)
     if proofs.are_short():
         proofs.on_part()
+    proofs.descend()
     proofs.on_all()
     for _ in range(REVISIONS):
         have_gone = False
@@ -189,9 +192,20 @@ class _Proofs:
             self.found[unit] = _on_part(self.ledger, self.kept, unit, part, affordable=affordable)
         self.doubt = {unit: _sortable(self.found[unit].drift_without) for unit in self.untested}
 
-    def on_all(self) -> None:
-        """The units that are left, least needed first."""
-        while self.untested and self.left >= 1.0:
+    def descend(self) -> None:
+        """Let go what goes before the rest is shown, since that must be shown beside what stays."""
+        before = None
+        while self.kept != before:
+            before = self.kept
+            self.on_all(in_a_row=IN_A_ROW)
+            while self.join():
+                pass
+            self.revise()
+
+    def on_all(self, in_a_row: float = math.inf) -> None:
+        """The units that are left, least needed first; or until so many in a row are needed."""
+        needed = 0
+        while self.untested and self.left >= 1.0 and needed < in_a_row:
             order = (
                 sorted(self.untested, key=lambda unit: (self.doubt.get(unit, -1.0), unit))
                 if self.doubt
@@ -204,11 +218,14 @@ class _Proofs:
             found = self.ledger.evaluate(less, exactly=True)
             drift = found.drift
             self.between.discard(unit)
+            needed += 1
             if found.passes and unit in self.ledger.problem.canonical(less):
+                needed = 0
                 self.between.add(unit)  # half here would cost more in casts than it saves
                 self.found.pop(unit, None)
                 continue
             if found.passes and (really := self.ledger.really(less)) <= self.ledger.gate:
+                needed = 0
                 self.kept = less
                 self.found.pop(unit, None)
                 continue
@@ -254,10 +271,14 @@ class _Proofs:
 
     def _named(self) -> KeepSet:
         """Without what the plan keeps anyhow, between the others."""
+        canonical = self.ledger.problem.canonical
         named = self.kept - self.between
         for unit in sorted(self.between):
-            if unit not in self.ledger.problem.canonical(named):
+            if unit not in canonical(named):
                 named |= {unit}
+        for unit in sorted(self.between & named):  # one that came later may keep it, too
+            if unit in canonical(named - {unit}):
+                named -= {unit}
         return named
 
     def name(self) -> None:
