@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,21 @@ class Batch:
     samples: tuple[int, ...]
     rows: tuple[int, ...]
     split: bool
+
+    @cached_property
+    def sq_golden(self) -> dict[str, NDArray[np.float64]]:
+        """Output -> [num_samples], the sum of the squares of the golden values that are finite."""
+        return {name: per_sample(array, array, split=self.split)[1] for name, array in self.golden.items()}
+
+    def errors(self, name: str, found: Array) -> tuple[NDArray[np.float64], NDArray[np.float64], bool]:
+        """Sums over each sample of squared errors and of golden squares, [num_samples] each; and whether a value is lost."""
+        golden = self.golden[name]
+        error = np.subtract(found, golden, dtype=np.float64).reshape(len(self.samples) if self.split else 1, -1)
+        sq_error = np.einsum("ij,ij->i", error, error)
+        if np.isfinite(sq_error).all():
+            return sq_error, self.sq_golden[name], False
+        rows = per_sample(golden, found, split=self.split)
+        return rows[0], rows[1], bool(rows[5].any())
 
 
 def make_batches(feeds: FeedSet, infer: Callable[[Feeds], Mapping[str, Array]]) -> list[Batch]:
@@ -246,10 +262,8 @@ class _Meter:
     def __init__(self, batches: Sequence[Batch], held_out: frozenset[int] = frozenset()) -> None:
         self._golden: dict[str, float] = {}
         for batch in batches:
-            for name, array in batch.golden.items():
-                usable = np.asarray(array, dtype=np.float64)
-                energy = float(np.square(np.where(np.isfinite(usable), usable, 0.0)).sum())
-                self._golden[name] = self._golden.get(name, 0.0) + energy
+            for name, squares in batch.sq_golden.items():
+                self._golden[name] = self._golden.get(name, 0.0) + float(squares.sum())
         self._held_out = held_out
         self._error: dict[str, float] = dict.fromkeys(self._golden, 0.0)
         self._seen = dict(self._error)
@@ -260,14 +274,14 @@ class _Meter:
     def add(self, batch: Batch, found: Mapping[str, Array]) -> None:
         self.num_samples += len(batch.samples)
         held_out = [row for row, sample in enumerate(batch.samples) if sample in self._held_out]
-        for name, golden in batch.golden.items():
-            rows = per_sample(golden, found[name], split=batch.split)
-            self._error[name] += float(rows[0].sum())
-            self._seen[name] += float(rows[1].sum())
+        for name in batch.golden:
+            sq_error, sq_golden, is_lost = batch.errors(name, found[name])
+            self._error[name] += float(sq_error.sum())
+            self._seen[name] += float(sq_golden.sum())
             if held_out:
-                self._error_held_out[name] += float(rows[0][held_out].sum())
-                self._seen_held_out[name] += float(rows[1][held_out].sum())
-            self.nonfinite |= bool(rows[5].any())
+                self._error_held_out[name] += float(sq_error[held_out].sum())
+                self._seen_held_out[name] += float(sq_golden[held_out].sum())
+            self.nonfinite |= is_lost
 
     def surely_above(self, limit: float) -> bool:
         """Whether no further batch can bring the drift of some output down to the limit."""
