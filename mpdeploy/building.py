@@ -187,7 +187,7 @@ def open_runner(
 ) -> Iterator[Runner]:
     """Open anything that can run: a built engine, a program of torch.export, or an ONNX file in ONNX Runtime, in `engine`, or emulated.
 
-    With `half_sums` it is emulated as on an engine that sums in half.
+    With `emulate`, `engine` is whose forms are emulated; with `half_sums` it is emulated as on an engine that sums in half.
 
     Raises:
         UsageError: `emulate` of something that is no ONNX file.
@@ -211,9 +211,11 @@ def open_runner(
             built = find_engine(path)
         elif emulate:
             from mpdeploy.emulated_runs import emulated_runner
+            from mpdeploy.precision.engine_forms import USUAL
             from mpdeploy.precision.model_io import load_model
 
-            yield stack.enter_context(emulated_runner(load_model(path), half_sums=half_sums))
+            runner = emulated_runner(load_model(path), half_sums=half_sums, engine=engine or USUAL)
+            yield stack.enter_context(runner)
             return
         elif engine is None:
             from mpdeploy.engines.onnxruntime import OrtRunner

@@ -53,7 +53,7 @@ def compare(
         data: see `data_files`.
         emulate: round the candidate's half tensors as half hardware would.
         half_sums: with `emulate`: hold sums inside means, norms and products in half too, the worst an engine may do.
-        engine: run the candidate, an ONNX file, in this engine.
+        engine: run the candidate, an ONNX file, in this engine; with `emulate`: emulate what this engine takes apart.
 
     Raises:
         ModelError, DataError, UnavailableError, BuildError.

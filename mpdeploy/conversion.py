@@ -24,6 +24,7 @@ from mpdeploy.measure.accuracy import metric_name, score
 from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.blame import Blame, blame_nodes
+from mpdeploy.precision.engine_forms import USUAL, forms_of
 from mpdeploy.precision.keep_list import match_keep_list
 from mpdeploy.precision.model_io import float_io_names, input_specs, load_model
 from mpdeploy.precision.plan import PrecisionPlan, make_plan
@@ -53,6 +54,7 @@ class Conversion:
         warnings: what a user should know.
         ranges: the statistics the plan rests on, or None.
         seconds: time it took.
+        engine: whose forms were emulated.
         evaluations: passes of the emulated model over all samples.
         blame: nodes by the drift they add, where that was asked for.
         search: what a search for the keep-list found, or None.
@@ -65,6 +67,7 @@ class Conversion:
     warnings: tuple[str, ...] = ()
     ranges: Ranges | None = None
     seconds: float = 0.0
+    engine: str = USUAL
     evaluations: float = 0
     blame: tuple[Blame, ...] = field(default_factory=tuple)
     search: Mapping[str, Any] | None = None
@@ -82,6 +85,7 @@ class Conversion:
             ],
             "casts": self.counts.casts,
             "drift": None if self.drift is None else self.drift.to_json()["outputs"],
+            "emulated_engine": None if self.drift is None else self.engine,
             "notes": list(self.plan.notes),
             "warnings": list(self.warnings),
             "ranges_from": self.plan.ranges_from,
@@ -116,6 +120,7 @@ def convert(
     metric: str | Callable[..., Any] | None = None,
     labels: Path | None = None,
     max_drop: float | None = None,
+    engine: str = USUAL,
     amax: Mapping[str, float] | None = None,
     amax_modules: Mapping[str, str] | None = None,
     progress: Progress = lambda _: None,
@@ -137,6 +142,7 @@ def convert(
         metric: a row of `measure.accuracy.METRICS`, or a function of (outputs, labels); its mean may fall by `max_drop`.
         labels: an `.npz` with one array, for the metric.
         max_drop: see `metric`.
+        engine: the one the model is for: drift is emulated with what it takes apart (see `precision.engine_forms`).
         amax: tensor name -> largest magnitude recorded in training.
         amax_modules: tensor name -> the module where that was recorded, for the reasons.
         progress: told what is being done.
@@ -153,6 +159,7 @@ def convert(
     half = formats.FORMATS[precision]
     progress("reading")
     _refuse_unknown_rules(disabled_rules)
+    forms_of(engine)
     if (metric is None) != (max_drop is None) or (labels is not None and metric is None):
         raise UsageError(
             "--metric, --max-drop and --labels go together.", hint="--labels y.npz --metric top1 --max-drop 0.2pt"
@@ -207,7 +214,7 @@ def convert(
         blame: tuple[Blame, ...] = ()
         if feeds is not None:
             progress("measuring emulated drift")
-            drift = emulated_drift(model, mixed, feeds)
+            drift = emulated_drift(model, mixed, feeds, engine)
             evaluations = 1
             limit = LOST_REL_L2 if max_drift is None else max_drift
             if not drift.rel_l2 <= limit:
@@ -217,11 +224,12 @@ def convert(
                         mixed,
                         feed_of_worst_sample(drift, feeds),
                         lambda shown, stem: opener(shown, folder, stem),
+                        engine,
                     )
                 )
                 raise _drift_error(drift, limit, blame, max_drift is not None)
             if metric is not None:
-                _check_metric(model, mixed, feeds, metric, labels, max_drop)
+                _check_metric(model, mixed, feeds, engine, metric, labels, max_drop)
         elif max_drift is not None:
             raise UsageError("--max-drift needs --data to measure drift on.", hint="add --data calib.npz")
         accept(drift, precision, {"num_kept": len(plan.kept)})
@@ -236,6 +244,7 @@ def convert(
         warnings=tuple(warnings),
         ranges=ranges,
         seconds=time.perf_counter() - begin,
+        engine=engine,
         evaluations=evaluations,
         blame=blame,
     )
@@ -245,12 +254,13 @@ def _check_metric(
     model: Path,
     mixed: ir.Model,
     feeds: FeedSet,
+    engine: str,
     metric: str | Callable[..., Any],
     labels: Path | None,
     max_drop: float | None,
 ) -> None:
     known = None if labels is None else load_labels(labels)
-    golden, found = (score(metric, outputs, known) for outputs in answers_of_both(model, mixed, feeds))
+    golden, found = (score(metric, outputs, known) for outputs in answers_of_both(model, mixed, feeds, engine))
     drop = float(golden.mean() - found.mean())
     if not drop <= (max_drop or 0.0):
         raise GateFailedError(

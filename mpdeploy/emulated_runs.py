@@ -23,6 +23,7 @@ from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.precision.chain import Chain
 from mpdeploy.precision.dot_products import add_largest_sum, could_leave
 from mpdeploy.precision.emulate import emulate, run_at_opset_21
+from mpdeploy.precision.engine_forms import USUAL, forms_of
 from mpdeploy.precision.flow import float_values, shape_size
 from mpdeploy.precision.formats import FLOAT, HALF_TYPES, HalfFormat
 from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, load_model, write_model
@@ -122,44 +123,55 @@ def opener(
 
 @contextlib.contextmanager
 def emulated_runner(
-    mixed: ir.Model, *, half_sums: bool = False, options: ort_engine.OrtOptions | None = None
+    mixed: ir.Model,
+    *,
+    half_sums: bool = False,
+    engine: str = USUAL,
+    options: ort_engine.OrtOptions | None = None,
 ) -> Iterator[ort_engine.OrtRunner]:
-    """A mixed model, running as half-precision hardware would; with `half_sums` as the worst of it would (see `emulate`).
+    """A mixed model, running as half-precision hardware would under an engine; with `half_sums` as the worst of it (see `emulate`).
 
     Raises:
         StageFailedError: the runtime does not keep the rounding (see `engines.onnxruntime.prove_pairs_are_kept`).
+        UsageError: there is no such engine.
     """
+    forms_of(engine)
     for dtype in _half_types(mixed):
         ort_engine.prove_pairs_are_kept(dtype)
     with tempfile.TemporaryDirectory(prefix="mpdeploy-") as name:
         scratch = SCRATCH_EXTERNAL_FROM_BYTES
-        path = write_model(
-            emulate(mixed, half_sums=half_sums), Path(name), "emulated.onnx", external_from_bytes=scratch
-        )
+        emulated = emulate(mixed, half_sums=half_sums, engine=engine)
+        path = write_model(emulated, Path(name), "emulated.onnx", external_from_bytes=scratch)
         with ort_engine.OrtRunner(path, options=options) as runner:
             yield runner
 
 
-def emulated_drift(reference: Path, mixed: ir.Model, feeds: FeedSet) -> DriftReport:
-    """Drift of a mixed model, as half hardware would show it, against the FP32 model at `reference`."""
+def emulated_drift(reference: Path, mixed: ir.Model, feeds: FeedSet, engine: str = USUAL) -> DriftReport:
+    """Drift of a mixed model, as half hardware would show it under an engine, against the FP32 model at `reference`."""
     meter = DriftMeter()
-    with reference_runner(reference) as fp32, emulated_runner(mixed) as half:
-        float_inputs = {spec.name for spec in half.inputs if spec.dtype == "float32"}
+    with reference_runner(reference) as fp32, emulated_runner(mixed, engine=engine) as half:
         for feed in feeds:
-            golden, found = tensors_of(fp32.infer(feed)), tensors_of(half.infer(_widened(feed, float_inputs)))
+            golden, found = tensors_of(fp32.infer(feed)), emulated_answers(half, feed)
             meter.add(golden, found, split=bool(feeds.batched) and _same_batch(golden, feeds, feed))
     return meter.report()
 
 
-def answers_of_both(reference: Path, mixed: ir.Model, feeds: FeedSet) -> tuple[dict[str, Array], dict[str, Array]]:
+def emulated_answers(runner: ort_engine.OrtRunner, feed: Feeds) -> dict[str, Array]:
+    """The tensors that an emulated model answers; what it takes in FP32 may be given in half."""
+    float_inputs = {spec.name for spec in runner.inputs if spec.dtype == "float32"}
+    return tensors_of(runner.infer(_widened(feed, float_inputs)))
+
+
+def answers_of_both(
+    reference: Path, mixed: ir.Model, feeds: FeedSet, engine: str = USUAL
+) -> tuple[dict[str, Array], dict[str, Array]]:
     """All answers of the FP32 model and of the mixed one, emulated: output name -> [num_samples, ...]."""
     parts: tuple[dict[str, list[Array]], dict[str, list[Array]]] = ({}, {})
-    with reference_runner(reference) as fp32, emulated_runner(mixed) as half:
-        float_inputs = {spec.name for spec in half.inputs if spec.dtype == "float32"}
+    with reference_runner(reference) as fp32, emulated_runner(mixed, engine=engine) as half:
         for feed in feeds:
-            both = (fp32.infer(feed), half.infer(_widened(feed, float_inputs)))
+            both = (tensors_of(fp32.infer(feed)), emulated_answers(half, feed))
             for collected, answers in zip(parts, both, strict=True):
-                for name, array in tensors_of(answers).items():
+                for name, array in answers.items():
                     collected.setdefault(name, []).append(array)
     golden, found = ({name: np.concatenate(arrays) for name, arrays in collected.items()} for collected in parts)
     return golden, found

@@ -55,6 +55,10 @@ def convert(
         bool,
         typer.Option("--mixed-half", help="With --search: what FP16 cannot hold runs in BF16 where the gate allows."),
     ] = False,
+    engine: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The engine it is for: what that takes apart is emulated so."),
+    ] = "tensorrt",
     keep_io: Annotated[bool, typer.Option("--keep-io", help="All inputs and outputs stay FP32.")] = False,
     keep_io_name: Annotated[
         list[str] | None, typer.Option("--keep-io-name", metavar="NAME", help="This input or output stays FP32.")
@@ -100,6 +104,7 @@ def convert(
         common: dict[str, Any] = {
             "data": data, "keep": keep or (), "precision": precision, "keep_io": keep_io, "keep_io_names": keep_io_name or (),
             "output": target, "max_drift": max_drift, "metric": metric, "labels": labels,
+            "engine": engine,
             "max_drop": None if max_drop is None else parse_drop(max_drop),
             "accept": project_gates_accept(Path.cwd(), at=target.name),
             "progress": bar.doing,
@@ -150,7 +155,7 @@ def _show(document: dict[str, Any]) -> None:
             out.print(f"... and {len(document['kept']) - 40} more: mpdeploy inspect {document['output']}", markup=False)
     if document["drift"] is not None:
         rows = table(
-            "emulated drift of",
+            f"emulated drift ({document['emulated_engine']}) of",
             "rel_l2",
             "max_abs",
             "cosine",

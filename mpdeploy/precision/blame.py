@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from mpdeploy.artifact import Array
 from mpdeploy.precision.emulate import emulate
+from mpdeploy.precision.engine_forms import USUAL
 from mpdeploy.precision.formats import FLOAT
 from mpdeploy.precision.graph_index import GraphIndex
 
@@ -38,7 +39,11 @@ class Blame:
 
 
 def blame_nodes(
-    fp32: ir.Model, mixed: ir.Model, feed: Mapping[str, Array], open_in: Callable[[ir.Model, str], Any]
+    fp32: ir.Model,
+    mixed: ir.Model,
+    feed: Mapping[str, Array],
+    open_in: Callable[[ir.Model, str], Any],
+    engine: str = USUAL,
 ) -> list[Blame]:
     """Nodes of the main graph by how much drift they add on one feed, worst first.
 
@@ -47,8 +52,9 @@ def blame_nodes(
         mixed: what was made of it; tensors keep their names.
         feed: the samples to look at.
         open_in: (model, name) -> a function that opens the model with chosen tensors as outputs.
+        engine: whose forms are emulated (see `engine_forms`).
     """
-    emulated = emulate(mixed)
+    emulated = emulate(mixed, engine=engine)
     names_emulated = {value.name for node in emulated.graph for value in node.outputs}
     index = GraphIndex.of(fp32)
     rounded: dict[str, str] = {}

@@ -10,36 +10,43 @@ What ops copy, or compute exactly, is not rounded again.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
-from mpdeploy.precision.engine_forms import hold_sums_in_half, split_as_tensorrt_does
+from mpdeploy.precision.engine_forms import USUAL, hold_sums_in_half, take_apart
 from mpdeploy.precision.flow import is_exact
 from mpdeploy.precision.formats import FLOAT, HALF_TYPES
 from mpdeploy.precision.graph_index import TYPE_ATTRIBUTES, GraphIndex, all_graphs, bodies, constant_tensor
 
 
-def emulate(model: ir.Model, *, half_sums: bool = False) -> ir.Model:
+def emulate(model: ir.Model, *, half_sums: bool = False, engine: str = USUAL) -> ir.Model:
     """A new FP32 model that answers as the mixed model would on half-precision hardware.
 
-    Inputs and outputs that are half in the mixed model are FP32 here; their values are rounded to half. Ops that TensorRT takes
+    Inputs and outputs that are half in the mixed model are FP32 here; their values are rounded to half. Ops that the engine takes
     apart are taken apart here too (see `engine_forms`).
 
     Args:
         model: the mixed model.
         half_sums: hold the sums inside means, norms and products in half as well: the worst an engine may do.
+        engine: `tensorrt`, `tensorrt-rtx`, `openvino` or `onnxruntime`.
+
+    Raises:
+        UsageError: there is no such engine.
     """
     emulated = model.clone()
-    split_as_tensorrt_does(emulated)
+    inner = take_apart(emulated, engine).inner
     if half_sums:
         hold_sums_in_half(emulated)
-    _Emulation(emulated).run()
+    _Emulation(emulated, inner).run()
     return emulated
 
 
 class _Emulation:
-    def __init__(self, model: ir.Model) -> None:
+    def __init__(self, model: ir.Model, inner: Collection[ir.Value]) -> None:
         self.model = model
+        self.inner = inner
         self.index = GraphIndex.of(model)
         self.half = {value: dtype for value, dtype in self.index.dtypes.items() if dtype in HALF_TYPES}
         self.pairs = 0
@@ -74,6 +81,8 @@ class _Emulation:
 
     def _is_rounded_here(self, value: ir.Value) -> bool:
         if constant_tensor(value) is not None or not value.name:  # a nameless output is one that nobody asked for
+            return False
+        if value in self.inner:
             return False
         node = value.producer()
         if node is None:

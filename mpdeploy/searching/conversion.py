@@ -13,6 +13,7 @@ from mpdeploy.artifact import Array
 from mpdeploy.conversion import Accept, Conversion, refuse_to_overwrite
 from mpdeploy.data_files import FeedSet
 from mpdeploy.errors import GateFailedError, UsageError
+from mpdeploy.precision.engine_forms import USUAL
 from mpdeploy.precision.formats import FORMATS, HalfName
 from mpdeploy.precision.rewrite import count_precisions
 from mpdeploy.precision.search.islands import rewrite_with_islands
@@ -36,6 +37,7 @@ def convert_searched(
     max_drop: float | None = None,
     cost: str | Mapping[str, float] = "traffic",
     mixed_half: bool = False,
+    engine: str = USUAL,
     state: Path | None = None,
     accept: Accept = lambda drift, precision, facts: None,
     progress: Callable[[str], None] = lambda _: None,
@@ -55,7 +57,7 @@ def convert_searched(
         raise UsageError(f"{state}, where the search keeps its log, is a file.", hint="move it away")
     found = search_model(
         model, data=data, keep=keep, precision=precision, keep_io=keep_io, keep_io_names=keep_io_names, max_drift=max_drift,
-        metric=metric, labels=labels, max_drop=max_drop, cost=cost, mixed_half=mixed_half, folder=state, progress=progress, on_progress=on_progress,
+        metric=metric, labels=labels, max_drop=max_drop, cost=cost, mixed_half=mixed_half, engine=engine, folder=state, progress=progress, on_progress=on_progress,
     )  # fmt: skip
     if not found.met:
         advice = "\n".join(f"  {line}" for line in found.advice)
@@ -82,6 +84,7 @@ def convert_searched(
         drift=found.confirmed,
         warnings=tuple(warnings),
         seconds=time.perf_counter() - begin,
+        engine=engine,
         evaluations=round(found.evaluations, 2),
         search=found.to_json() | ({} if state is None else {"keep_list": str(state / "keep.json")}),
     )

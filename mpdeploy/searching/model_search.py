@@ -16,6 +16,7 @@ from mpdeploy.files import write_json
 from mpdeploy.measure.accuracy import Metric
 from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
+from mpdeploy.precision.engine_forms import USUAL, forms_of
 from mpdeploy.precision.keep_list import match_keep_list, read_patterns
 from mpdeploy.precision.model_io import float_io_names, input_specs, load_model, weight_bytes
 from mpdeploy.precision.plan import PrecisionPlan, Reason
@@ -141,6 +142,7 @@ def search_model(
     max_seconds: float = math.inf,
     effort: Effort | None = None,
     mixed_half: bool = False,
+    engine: str = USUAL,
     progress: Progress = lambda _: None,
     on_progress: OnProgress = lambda _: None,
 ) -> ModelSearch:
@@ -165,6 +167,7 @@ def search_model(
         max_seconds: the same in time.
         effort: how many evaluations its parts may take; None: `THOROUGH` for models of up to 256 MB of weights and 3,000 nodes, `QUICK` beyond.
         mixed_half: kept nodes that FP16 cannot hold run in BF16 where the gate is still met so.
+        engine: the one the model is for: drift is emulated with what it takes apart (see `precision.engine_forms`).
         progress: told what is being done.
         on_progress: told the numbers, after every measurement.
 
@@ -175,6 +178,7 @@ def search_model(
     half = formats.FORMATS[precision]
     if mixed_half and precision != "fp16":
         raise UsageError("BF16 beside BF16 mixes nothing.", hint="--mixed-half goes with --precision fp16")
+    forms_of(engine)
     limit, gate = gate_of(max_drift, metric, labels, max_drop)
     progress("reading")
     loaded = load_model(model)
@@ -187,7 +191,7 @@ def search_model(
     scorer, num_labels = (None, None) if metric is None else scorer_of(metric, labels)
     with open_search(
         model, prepared, feeds, half, gate=gate, limit=limit, scorer=scorer, num_labels=num_labels, cost=cost_from(cost, prepared.index), seed=seed,
-        fixed=fixed, float_io=float_io, never=never, progress=progress,
+        fixed=fixed, float_io=float_io, never=never, engine=engine, progress=progress,
     ) as opened:  # fmt: skip
 
         def entries_of(why: Mapping[str, Sequence[Reason]], answer: SearchAnswer | None) -> list[dict[str, Any]]:

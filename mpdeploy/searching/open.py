@@ -19,6 +19,7 @@ from mpdeploy.errors import DataError, UsageError
 from mpdeploy.files import digest_of_json, sha256_of_file
 from mpdeploy.measure.drift import DriftReport
 from mpdeploy.precision import formats
+from mpdeploy.precision.engine_forms import USUAL
 from mpdeploy.precision.flow import build_flow, shape_size
 from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, load_model, weight_files, write_model
 from mpdeploy.precision.plan import PrecisionPlan, Reason
@@ -76,6 +77,7 @@ def open_search(
     fixed: Mapping[str, Sequence[Reason]],
     float_io: Collection[str] = (),
     never: frozenset[str] = frozenset(),
+    engine: str = USUAL,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Iterator[OpenedSearch]:
     """Open a model; see `search_model` for the arguments.
@@ -94,11 +96,11 @@ def open_search(
     )
     priced = cost if isinstance(cost, str) else dict(cost)
     files = [path, *weight_files(load_model(path))]
-    sources = [*map(sha256_of_file, files), feeds.digest, sorted(fixed), sorted(float_io), sorted(never)]
+    sources = [*map(sha256_of_file, files), feeds.digest, sorted(fixed), sorted(float_io), sorted(never), engine]
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpdeploy-search-")))
         progress("building the switchable emulation")
-        graph = build_switch_graph(prepared.model, half, flow)
+        graph = build_switch_graph(prepared.model, half, flow, engine)
         if not graph.switches:
             raise UsageError(
                 "There is nothing to search: no node of this model can be half.", hint="mpdeploy inspect shows why"
@@ -130,7 +132,7 @@ def open_search(
         really: dict[frozenset[str], tuple[DriftReport, float]] = {}
 
         def measure_plan(plan: PrecisionPlan) -> tuple[DriftReport, float]:
-            return really_measured(path, prepared, plan, feeds, scorer, reference, batches)
+            return really_measured(prepared, plan, engine, scorer, reference, batches)
 
         def confirm(half_keys: frozenset[str]) -> tuple[DriftReport, float]:
             if half_keys not in really:

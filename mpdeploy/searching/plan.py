@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from mpdeploy.data_files import FeedSet
-from mpdeploy.emulated_runs import emulated_drift, emulated_runner
-from mpdeploy.measure.drift import DriftReport
+from mpdeploy.emulated_runs import emulated_answers, emulated_runner
+from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.precision import formats
 from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex
 from mpdeploy.precision.plan import PrecisionPlan, Reason, _reasons_of_op
@@ -124,19 +123,20 @@ def make_search_plan(
 
 
 def really_measured(
-    model: Path,
     prepared: Prepared,
     plan: PrecisionPlan,
-    feeds: FeedSet,
+    engine: str,
     scorer: Scorer | None,
     reference: float,
     batches: Sequence[Batch],
 ) -> tuple[DriftReport, float]:
     """Drift of the really rewritten model, emulated, on all samples; and what the gate looks at."""
     mixed = rewrite_with_islands(prepared, plan).model
-    drift = emulated_drift(model, mixed, feeds)
-    if scorer is None:
-        return drift, drift.rel_l2
-    with emulated_runner(mixed) as runner:
-        found = scores_of(scorer, [runner.infer(batch.feeds) for batch in batches], batches)
-    return drift, drop(reference, found)
+    meter, answers = DriftMeter(), []
+    with emulated_runner(mixed, engine=engine) as runner:
+        for batch in batches:
+            found = emulated_answers(runner, batch.feeds)
+            meter.add(batch.golden, found, split=batch.split)
+            answers.append({} if scorer is None else found)
+    drift = meter.report()
+    return drift, drift.rel_l2 if scorer is None else drop(reference, scores_of(scorer, answers, batches))

@@ -89,7 +89,12 @@ def test_drift_is_that_of_openvino_running_the_graph_as_typed(
     output = tmp_path / "half.onnx"
     inputs = input_specs(load_model(model.path))
     done = convert(
-        model.path, data=FeedSet((feeds,), inputs, frozenset()), precision=precision, keep_io=True, output=output
+        model.path,
+        data=FeedSet((feeds,), inputs, frozenset()),
+        precision=precision,
+        keep_io=True,
+        output=output,
+        engine="openvino",
     )  # type: ignore[arg-type]
     with OrtRunner(model.path) as runner:
         golden = runner.infer(feeds)

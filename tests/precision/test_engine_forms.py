@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from mpdeploy.engines import ENGINES
 from mpdeploy.engines.tensorrt.library import RTX_FAMILY, import_library, library_problem
+from mpdeploy.errors import UsageError
 from mpdeploy.precision.emulate import emulate
-from mpdeploy.precision.engine_forms import MEANS, NORMS, TENSORRT_SPLITS
+from mpdeploy.precision.engine_forms import FORMS, MEANS, NORMS, OPENVINO, TENSORRT
+from tests.precision.openvino_judge import answers_as_typed, skip_where_it_cannot_judge
 from tests.precision.visible import FLOAT16, W, X, converted, graph, lines, named, ranges_of, rel_l2, run
 
 needs_rtx = pytest.mark.skipif(library_problem(RTX_FAMILY) is not None, reason="TensorRT-RTX is not installed")
@@ -44,11 +50,11 @@ def _network_of(model: ir.Model) -> list[tuple[str, list[str]]]:
 
 
 def test_every_split_is_tested() -> None:
-    assert set(HALF) == set(TENSORRT_SPLITS)
+    assert set(HALF) == set(TENSORRT)
 
 
 @needs_rtx
-@pytest.mark.parametrize("op", TENSORRT_SPLITS)
+@pytest.mark.parametrize("op", TENSORRT)
 def test_tensorrt_takes_it_apart_and_stores_what_is_between_in_half(op: str) -> None:
     found = _network_of(HALF[op])
     computing = [kind for kind, types in found if kind in ("SOFTMAX", "UNARY", "ELEMENTWISE", "REDUCE", "ACTIVATION") and types == ["HALF"]]  # fmt: skip
@@ -65,7 +71,7 @@ def test_tensorrt_computes_these_in_fp32_itself(op: str) -> None:
     assert types[-1] == ["HALF"]
 
 
-@pytest.mark.parametrize("op", TENSORRT_SPLITS)
+@pytest.mark.parametrize("op", TENSORRT)
 @pytest.mark.parametrize("keepdims", [0, 1])
 def test_taken_apart_it_computes_the_same(op: str, keepdims: int) -> None:
     if op.startswith("Reduce"):
@@ -108,6 +114,58 @@ def test_what_follows_and_the_outputs_names_stay() -> None:
     assert [value.name for value in emulated.graph.outputs] == ["y", "z"]
     y, z = run(emulated, {"x": X})
     np.testing.assert_array_equal(y, -z)
+
+
+# ---- OpenVINO
+
+
+WIDTH = 384
+ROWS = np.random.default_rng(0).normal(0, 2, (64, WIDTH)).astype(np.float32)
+SCALE = np.random.default_rng(1).random(WIDTH).astype(np.float32) + 0.5
+BIAS = np.random.default_rng(2).normal(0, 0.3, WIDTH).astype(np.float32)
+CAST = {"fp16": 10, "bf16": 16}
+BY_OPENVINO = {
+    "LayerNormalization": ("LayerNormalization(h, s, b)", 22, {"s": SCALE, "b": BIAS}),
+    "RMSNormalization": ("RMSNormalization(h, s)", 23, {"s": SCALE}),
+    "LogSoftmax": ("LogSoftmax(h)", 22, {}),
+    "ReduceSumSquare": ("ReduceSumSquare(h, axes)", 22, {"axes": np.array([1])}),
+    "ReduceLogSumExp": ("ReduceLogSumExp(h, axes)", 22, {"axes": np.array([1])}),
+}
+
+
+def test_each_engine_has_its_forms_and_another_one_is_refused() -> None:
+    assert set(FORMS) == set(ENGINES)
+    with pytest.raises(UsageError, match="no engine 'openvini'"):
+        emulate(HALF["Mish"], engine="openvini")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("op", OPENVINO)
+def test_openvino_answers_these_very_bits(op: str, precision: str, tmp_path: Path) -> None:
+    """Of 64 or more values all but one in a thousand are the emulator's, and without its form of the op they are not."""
+    skip_where_it_cannot_judge(precision)
+    call, opset, weights = BY_OPENVINO[op]
+    half = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}[precision]
+    typed = {name: array.astype(half) if array.dtype == np.float32 else array for name, array in weights.items()}
+    text = f"g (float[64, {WIDTH}] x) => (float[N, M] y) {{ h = Cast<to = {CAST[precision]}>(x) o = {call} y = Cast<to = 1>(o) }}"
+    model = named(graph(text, opset, **typed))
+    ir.save(model, tmp_path / "half.onnx")
+    (real,) = answers_as_typed(tmp_path / "half.onnx", {"x": ROWS})
+    (apart,) = run(emulate(model, engine="openvino"), {"x": ROWS})
+    (whole,) = run(emulate(model, engine="onnxruntime"), {"x": ROWS})
+    assert np.mean(apart == real) > 0.999
+    assert np.mean(whole == real) < 0.99
+
+
+def test_a_norm_whose_scale_is_computed_or_whose_mean_is_asked_for_stays_whole() -> None:
+    computed = "g (float16[N, 8] x, float16[M] s) => (float16[N, 8] y) { y = LayerNormalization(x, s) }"
+    asked = "g (float16[N, 8] x) => (float16[N, 8] y, float[N, 1] z) { y, m = LayerNormalization(x, s) z = Neg(m) }"
+    scale = {"s": np.ones(8, np.float16)}
+    for model in (graph(computed, 17), graph(asked, 17, **scale)):
+        ops = [node.op_type for node in emulate(model, engine="openvino").graph]
+        assert "Mul" not in ops
+    plain = graph("g (float16[N, 8] x) => (float16[N, 8] y) { y = LayerNormalization(x, s) }", 17, **scale)
+    assert "Mul" in [node.op_type for node in emulate(plain, engine="openvino").graph]
 
 
 # ---- sums stored in half

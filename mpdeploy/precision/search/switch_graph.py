@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mpdeploy.precision.engine_forms import USUAL, TakenApart, take_apart
 from mpdeploy.precision.flow import Flow, border_key, half_ports
 from mpdeploy.precision.formats import FLOAT, HalfFormat
 from mpdeploy.precision.graph_index import CONTROL_FLOW, GraphIndex, all_graphs, constant_tensor
@@ -59,7 +60,7 @@ class Switch:
     """One rounding that can be thrown.
 
     Attributes:
-        name: `TENSOR -> CONSUMER`, or `constants of NODE`.
+        name: `TENSOR -> CONSUMER`, or `constants of NODE`; no two are the same.
         needs: keys of the units that must all be FP32 for it to stay off.
         tensor: the tensor that is rounded (its name in the FP32 model), or None for constants.
         injected: relative squared error of rounding the constants; None for a tensor, whose values are not known here.
@@ -83,16 +84,21 @@ class SwitchGraph:
         return np.array([any(key in half_keys for key in switch.needs) for switch in self.switches], dtype=bool)
 
 
-def build_switch_graph(prepared: ir.Model, half: HalfFormat, flow: Flow) -> SwitchGraph:
+def build_switch_graph(prepared: ir.Model, half: HalfFormat, flow: Flow, engine: str = USUAL) -> SwitchGraph:
     """Make the switchable emulation of a prepared FP32 model.
 
     Args:
         prepared: the model; it is not changed.
         half: the format that is rounded to.
         flow: its units; those that are fixed are never half.
+        engine: what it takes apart is taken apart (see `engine_forms`), and the pieces are half where the op is.
+
+    Raises:
+        UsageError: there is no such engine.
     """
     model = prepared.clone()
-    builder = _Builder(model, half, {unit.key for unit in flow.units if not unit.fixed})
+    taken_apart = take_apart(model, engine, in_fp32=True)
+    builder = _Builder(model, half, {unit.key for unit in flow.units if not unit.fixed}, taken_apart)
     builder.run()
     return SwitchGraph(model, builder.switches)
 
@@ -110,11 +116,13 @@ class _Edge:
 
 
 class _Builder:
-    def __init__(self, model: ir.Model, half: HalfFormat, free: set[str]) -> None:
+    def __init__(self, model: ir.Model, half: HalfFormat, free: set[str], taken_apart: TakenApart) -> None:
         self.model = model
         self.half = half
         self.free = free
+        self.inner = taken_apart.inner
         self.index = GraphIndex.of(model)
+        self.key_of = {node: taken_apart.node_of.get(node.name or "", key) for node, key in self.index.id_of.items()}
         self.ports = {node: half_ports(self.index, node, half) for node in self.index.nodes.values()}
         self.switches: list[Switch] = []
         self.flags: list[ir.Value] = []
@@ -145,18 +153,19 @@ class _Builder:
     # which roundings there are
 
     def _takes(self, node: ir.Node, position: int) -> str | None:
-        key = self.index.id_of[node]
-        return key if key in self.free and position in self.ports[node][0] else None
+        key = self.key_of[node]
+        is_half = key in self.free and position in self.ports[node][0] and node.inputs[position] not in self.inner
+        return key if is_half else None
 
     def _gives(self, value: ir.Value) -> str | None:
         node = value.producer()
         if node is None:
             key = f"input:{value.name}" if value.graph is self.model.graph else ""
         elif node.op_type in CONTROL_FLOW:
-            key = border_key(self.index.id_of[node], value.index() or 0)
+            key = border_key(self.key_of[node], value.index() or 0)
         else:
-            key = self.index.id_of[node] if (value.index() or 0) in self.ports[node][1] else ""
-        return key if key in self.free else None
+            key = self.key_of[node] if (value.index() or 0) in self.ports[node][1] else ""
+        return key if key in self.free and value not in self.inner else None
 
     def _moves(self, node: ir.Node) -> bool:
         return (
@@ -197,7 +206,7 @@ class _Builder:
                 if not self._is_computed(value) or (value.is_graph_input() and graph is self.model.graph):
                     continue  # an input that is an output too is given back as it was fed
                 owner = self.index.owner.get(graph)
-                taker = f"output:{value.name}" if owner is None else border_key(self.index.id_of[owner], position)
+                taker = f"output:{value.name}" if owner is None else border_key(self.key_of[owner], position)
                 root, needs = self._path(value)
                 needs += [taker] if taker in self.free else []
                 if needs:
@@ -222,6 +231,11 @@ class _Builder:
 
     # putting the switches in
 
+    def _label(self, node: ir.Node) -> str:
+        """What a switch at a node is called by: a piece of an op by the op and itself."""
+        key, own = self.key_of[node], self.index.id_of[node]
+        return key if key == own else f"{key} ({own})"
+
     def _flag(self, switch: Switch) -> ir.Value:
         flag = ir.val(f"mpdeploy.flag_{len(self.flags)}", dtype=ir.DataType.BOOL, shape=[1])
         self.flags.append(flag)
@@ -230,7 +244,7 @@ class _Builder:
 
     def _switch_edge(self, edge: _Edge) -> None:
         value = edge.value
-        label = self.index.id_of[edge.node] if edge.node is not None else f"output {value.name}"
+        label = self._label(edge.node) if edge.node is not None else f"output {value.name}"
         flag = self._flag(Switch(f"{value.name} -> {label}", edge.needs, edge.root.name or ""))
         self.count += 1
         stem = f"mpdeploy.switch_{self.count}"
@@ -258,8 +272,7 @@ class _Builder:
             value.name, made.name = f"{value.name}.unswitched", value.name
 
     def _switch_constants(self, node: ir.Node, changed: dict[int, ir.TensorProtocol], injected: float) -> None:
-        node_id = self.index.id_of[node]
-        flag = self._flag(Switch(f"constants of {node_id}", (node_id,), None, injected))
+        flag = self._flag(Switch(f"constants of {self._label(node)}", (self.key_of[node],), None, injected))
         self.count += 1
         stem = f"mpdeploy.switch_{self.count}"
         graph = node.graph
