@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpdeploy.precision.search.exchange import exchange
+from mpdeploy.precision.search.exchange import FAILURES, FEWER_FAILURES, exchange
 from mpdeploy.precision.search.gains import Gains, estimate_gains
 from mpdeploy.precision.search.hard import find_hard, find_hub
 from mpdeploy.precision.search.ledger import Best, Ledger
@@ -240,7 +240,7 @@ class _Search:
         if self.gains is None or not problem.gates_drift or not affordable:
             return kept
         for _ in range(CONFIRMATIONS):
-            found = self._cheaper(ledger.cheapest(above=hard) or kept, hard, self.gains)
+            found = self._cheaper(ledger.cheapest(above=hard) or kept, hard, self.gains, FEWER_FAILURES)
             if problem.cost(found) > (1 - WORTHWHILE) * problem.cost(kept):
                 break
             if ledger.confirm(found):
@@ -284,7 +284,7 @@ class _Search:
                 return kept, True
         return front[-1].kept, ledger.evaluate(front[-1].kept).passes and ledger.confirm(front[-1].kept)
 
-    def _cheaper(self, kept: KeepSet, hard: KeepSet, gains: Gains) -> KeepSet:
+    def _cheaper(self, kept: KeepSet, hard: KeepSet, gains: Gains, patience: int = FAILURES) -> KeepSet:
         """By what is known of the parts, without a proof."""
         ledger = self.ledger
         later = min(0.5 * len(kept), self.effort.proof)
@@ -293,7 +293,8 @@ class _Search:
             return prune(ledger, kept, hard, gains.energies)
         ledger.start("exchange", expected=16.0, later=later)
         left = self.effort.exchange - ledger.by_phase.get("exchange", 0.0)
-        return exchange(ledger, gains, kept, hard, max_evaluations=min(ledger.evaluations_left, left))
+        left = min(ledger.evaluations_left, left)
+        return exchange(ledger, gains, kept, hard, max_evaluations=left, patience=patience)
 
     def _estimate(self, beside: KeepSet) -> Gains:
         """The energies of the parts."""

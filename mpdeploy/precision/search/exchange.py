@@ -28,20 +28,22 @@ DEPTH = 4
 """Groups that are exchanged at once, at most."""
 NEAR, NEAR_STARTS = 1.1, 3
 """Proposals are walked to from so many more that were measured too, and had a drift of at most so many times the limit."""
-LEAST_CHANCE = 0.01
-"""Of passing, for a measurement to be worth its time."""
+LEAST_CHANCE, LEAST_SAVED = 0.01, 2e-4
+"""Of passing, and its product with the part of the price that is saved, for a measurement to be worth its time."""
 MOST_LEARNT = 256
 """Measurements that the surrogate begins with, those nearest the gate: a step costs their number times that of the parts."""
 HANDFUL = 12
 """Of so many units all keep-lists are looked at."""
-FAILURES = 16
-"""Measurements in a row that do not pass, before it ends."""
+FAILURES, FEWER_FAILURES = 16, 8
+"""Measurements in a row that do not pass, before it ends: usually, and where only a great saving is of use."""
 
 Proposal = tuple[float, float, KeepSet]
 """What it promises, its chance, and the keep-list."""
 
 
-def exchange(ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_evaluations: float) -> KeepSet:
+def exchange(
+    ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_evaluations: float, patience: int = FAILURES
+) -> KeepSet:
     """The cheapest keep-list that was found to pass, `kept` if there is none cheaper.
 
     Args:
@@ -50,6 +52,7 @@ def exchange(ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_
         kept: passes.
         hard: of it, what must stay.
         max_evaluations: at most.
+        patience: measurements in a row that do not pass, before it ends.
     """
     assert ledger.landscape is not None
     kept = ledger.problem.canonical(kept)
@@ -57,9 +60,10 @@ def exchange(ledger: Ledger, gains: Gains, kept: KeepSet, hard: KeepSet, *, max_
     surrogate = _surrogate(ledger, gains)
     few = _Handful(ledger.landscape, hard) if len(ledger.landscape.parts.units) <= HANDFUL else None
     failures = 0
-    while failures < FAILURES and ledger.evaluations + 1 <= end:
+    while failures < patience and ledger.evaluations + 1 <= end:
         proposal, chance = _propose(ledger, surrogate, kept, hard, few)
-        if chance < LEAST_CHANCE:
+        price = ledger.problem.cost(kept)
+        if chance < LEAST_CHANCE or chance * (price - ledger.problem.cost(proposal)) < LEAST_SAVED * price:
             break
         found = ledger.evaluate(proposal, until="lost")
         if found.passes:

@@ -138,18 +138,18 @@ class Walk:
             best, count = (walk, 1) if fits and walk.worth > best.worth + 1e-9 else (best, count + 1)
         return best
 
-    def _stand(self, kept: Bools) -> None:
-        """Be at this keep-list."""
+    def _stand(self, kept: Bools, value: float | None = None) -> None:
+        """Be at this keep-list, whose value may be known."""
         self.kept = kept
         self._missing = self._parts.missing(kept)
         self._sums = self._features[self._missing > 0].sum(axis=0)
         self.price = self._landscape.price(self.keep_set)
-        self.value = float(self._surrogate.log_chances(self._sums[None, :])[0])
+        self.value = float(self._surrogate.log_chances(self._sums[None, :])[0]) if value is None else value
 
     def _take(self, steps: _Steps, number: int) -> None:
         kept = self.kept.copy()
         kept[steps.units[steps.of == steps.numbers[number]]] ^= True
-        self._stand(kept)
+        self._stand(kept, float(steps.values[number]))
 
     def _changes(self) -> Floats:
         changes = self._landscape.price_changes(self.keep_set)
