@@ -1,4 +1,4 @@
-"""`compare --half-sums` and `convert --ranges` from the command line."""
+"""`compare --half-sums`, `--engine` and `convert --ranges` from the command line."""
 
 from __future__ import annotations
 
@@ -46,6 +46,36 @@ def test_sums_in_half_are_the_worst_case_and_told_apart(long: Path, tmp_path: Pa
 def test_half_sums_without_emulation_is_a_usage_error(long: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="goes with --emulate"):
         invoke("compare", long, long, "--data", tmp_path / "x.npz", "--half-sums")
+
+
+@pytest.fixture
+def norm(tmp_path: Path) -> Path:
+    text = "g (float[N, 8] x) => (float[N, 8] y) { h = MatMul(x, w) n = LayerNormalization(h, s) y = MatMul(n, w) }"
+    ir.save(named(graph(text, w=W, s=np.linspace(0.5, 1.5, 8, dtype=np.float32))), tmp_path / "norm.onnx")
+    np.savez(tmp_path / "x.npz", x=X)
+    return tmp_path / "norm.onnx"
+
+
+@pytest.mark.parametrize("search", [(), ("--search", "--max-drift", "1")])
+def test_the_engine_decides_what_is_taken_apart_in_convert_and_compare(
+    search: tuple[str, ...], norm: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for engine in ("tensorrt", "openvino"):
+        out, data = tmp_path / f"{engine}.onnx", ("--data", tmp_path / "x.npz")
+        done = invoke("convert", norm, *data, *search, "--engine", engine, "--output", out, "--json")
+        compared = invoke("compare", norm, out, *data, "--emulate", "--engine", engine, "--json")
+        assert done["emulated_engine"] == engine
+        assert compared["outputs"]["y"]["rel_l2"] == pytest.approx(done["drift"]["y"]["rel_l2"], rel=1e-6)
+        found[engine] = done["drift"]["y"]["rel_l2"]
+    assert found["openvino"] != pytest.approx(found["tensorrt"], rel=1e-3)
+
+
+@pytest.mark.parametrize("search", [(), ("--search", "--max-drift", "1")])
+def test_an_unknown_engine_is_refused_before_anything_runs(search: tuple[str, ...], norm: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no engine 'openvin'") as error:
+        invoke("convert", norm, "--data", tmp_path / "x.npz", *search, "--engine", "openvin")
+    assert "openvino" in (error.value.hint or "")
 
 
 def test_ranges_of_training_keep_what_calibration_would_not(tmp_path: Path) -> None:
