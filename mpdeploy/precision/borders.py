@@ -28,8 +28,14 @@ def half_units(flow: Flow) -> set[str]:
     if not sizes_decide(flow):
         return {flow.units[unit].key for unit in free}
     arcs = cut_arcs(flow, fixed)
-    float_side = float_side_of(arcs, len(flow.units) + len(flow.edges) * 2)
+    float_side = float_side_of(arcs, len(flow.units) + len(flow.edges) * 2, _all_capacities(flow))
     return {flow.units[unit].key for unit in free if unit not in float_side}
+
+
+def _all_capacities(flow: Flow) -> float:
+    """At least what the finite capacities of its arcs add up to, whichever units are fixed."""
+    gains = sum(unit.gain for unit in flow.units if 0 < unit.gain < np.inf)
+    return gains + sum(2 * CAST_BYTES * edge.size for edge in flow.edges)
 
 
 def sizes_decide(flow: Flow) -> bool:
@@ -44,8 +50,14 @@ def _pulls(flow: Flow, edge_number: int, fixed: set[int]) -> bool:
     members = [edge.producer, *edge.consumers]
     if all(unit in fixed for unit in members):
         return False
-    asked_for = [unit for unit in members if flow.units[unit].key.startswith(("input:", "output:"))]
+    asked_for = [unit for unit in members if _is_asked_for(flow, unit, fixed)]
     return edge.float_consumers or edge.always_float or any(unit in fixed and unit not in asked_for for unit in members)
+
+
+def _is_asked_for(flow: Flow, unit: int, fixed: set[int], *kinds: str) -> bool:
+    """Whether it is an input or output that somebody wants in FP32: its casts are free."""
+    item = flow.units[unit]
+    return unit in fixed and not item.is_searched and item.key.startswith(kinds or ("input:", "output:"))
 
 
 def cut_arcs(flow: Flow, fixed: set[int]) -> list[tuple[int, int, float]]:
@@ -56,11 +68,10 @@ def cut_arcs(flow: Flow, fixed: set[int]) -> list[tuple[int, int, float]]:
         if number not in fixed and unit.gain > 0:
             arcs.append((source, number, unit.gain))
     for number, edge in enumerate(flow.edges):
-        producer_key = flow.units[edge.producer].key
-        asked_for = producer_key.startswith("input:") and edge.producer in fixed
+        asked_for = _is_asked_for(flow, edge.producer, fixed, "input:")
         cost = CAST_BYTES * edge.size
         makes_float = edge.always_float or edge.producer in fixed
-        takers = {unit for unit in edge.consumers if not (flow.units[unit].key.startswith("output:") and unit in fixed)}
+        takers = {unit for unit in edge.consumers if not _is_asked_for(flow, unit, fixed, "output:")}
         takes_float = edge.float_consumers or any(unit in fixed for unit in takers)
         free_takers = [unit for unit in takers if unit not in fixed]
         if not makes_float:
@@ -83,12 +94,19 @@ def cut_arcs(flow: Flow, fixed: set[int]) -> list[tuple[int, int, float]]:
     return arcs
 
 
-def float_side_of(arcs: list[tuple[int, int, float]], count: int) -> set[int]:
-    """Nodes from which the sink can be reached in the residual graph of a maximum flow: the FP32 side."""
+def float_side_of(arcs: list[tuple[int, int, float]], count: int, total: float | None = None) -> set[int]:
+    """Nodes from which the sink can be reached in the residual graph of a maximum flow: the smallest FP32 side of all cheapest ones.
+
+    Args:
+        arcs: see `cut_arcs`.
+        count: of nodes, source and sink aside.
+        total: at least what finite capacities add up to. They are rounded to this scale: with the same one, ties stay ties when more
+            units are fixed, and then more are FP32, never fewer.
+    """
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-    finite = sum(capacity for _, _, capacity in arcs if np.isfinite(capacity))
+    finite = sum(capacity for _, _, capacity in arcs if np.isfinite(capacity)) if total is None else total
     scale = min(1.0, _MAX_FINITE_SUM / max(finite, 1.0))
     source, sink = count, count + 1
     place = {-1: source, -2: sink}

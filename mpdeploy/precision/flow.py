@@ -28,12 +28,14 @@ class Unit:
         node: the node, or None.
         gain: bytes of memory traffic that half precision saves; infinite for matrix products.
         fixed: whether it must be FP32.
+        is_searched: a search fixed it, nobody asked for it: casts of an input or an output cost what others do.
     """
 
     key: str
     node: ir.Node | None = None
     gain: float = 0.0
     fixed: bool = False
+    is_searched: bool = False
 
 
 @dataclass

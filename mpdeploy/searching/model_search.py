@@ -52,6 +52,7 @@ class ModelSearch:
         confirmed: drift of the really rewritten and emulated model on all samples.
         confirmed_measured: what the gate looks at, of that model: its drift, or the drop of the metric.
         limit, gate: the gate, as a number and in words.
+        engine: whose forms were emulated.
         met: whether the rewritten model meets it.
         switched_drift: what the switchable emulation says of the same plan; it differs from `confirmed` by how a runtime orders sums.
         held_out_drift: drift on the samples that no probe saw; None with fewer than 8 samples.
@@ -72,6 +73,7 @@ class ModelSearch:
     confirmed_measured: float
     limit: float
     gate: str
+    engine: str
     met: bool
     switched_drift: float
     held_out_drift: float | None
@@ -92,6 +94,7 @@ class ModelSearch:
         return {
             "met": self.met,
             "gate": self.gate,
+            "engine": self.engine,
             "measured": self.confirmed_measured,
             "limit": self.limit,
             "all_half": answer.all_half.drift,
@@ -251,6 +254,7 @@ def search_model(
         confirmed_measured=moved.measured,
         limit=limit,
         gate=gate,
+        engine=engine,
         met=met,
         switched_drift=switched,
         held_out_drift=parts[0],

@@ -38,6 +38,27 @@ def test_at_equal_cost_half_wins() -> None:
     assert half_units(_flow([0, 11, 0], [(0, 1, 1), (1, 2, 1)], fixed=[0, 2])) == set()
 
 
+def test_what_is_fixed_in_addition_lets_nothing_else_become_half() -> None:
+    """Also where capacities are scaled to integers, and many labellings cost the same."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count = 12
+        sizes = rng.integers(1, 4, 2 * count) * 3_333_333
+        edges = [
+            (int(a), int(b), int(s))
+            for (a, b), s in zip(rng.integers(0, count, (2 * count, 2)), sizes, strict=True)
+            if a < b
+        ]
+        gains = (rng.integers(0, 5, count) * 9_999_999).tolist()
+        fixed = rng.choice(count, 2, replace=False).tolist()
+        more = [*fixed, *rng.choice([u for u in range(count) if u not in fixed], 2, replace=False).tolist()]
+        few, many = half_units(_flow(gains, edges, fixed=fixed)), half_units(_flow(gains, edges, fixed=more))
+        assert many <= few
+        # what is FP32 already changes nothing when it is said to be
+        kept = [unit for unit in range(count) if f"u{unit}" not in few]
+        assert half_units(_flow(gains, edges, fixed=kept)) == few
+
+
 def test_a_matrix_product_is_never_flipped() -> None:
     done = converted(
         named(graph("g (float[N, 8] x) => (float[N, 8] y) { a = Exp(x)  m = MatMul(a, w)  y = Exp(m) }", w=W)),

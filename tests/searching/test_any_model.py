@@ -331,6 +331,9 @@ def test_every_model_of_the_conformance_table_is_searched(tmp_path: Path) -> Non
             assert done.drift is not None, name
             assert done.drift.rel_l2 <= 3e-4 * (1 + 1e-9), name
             assert done.search is not None, name
+            assert done.search["drift_searched"] == pytest.approx(done.search["drift_switched"], rel=1e-6, abs=1e-9), (
+                name
+            )
             stand_in = abs(done.search["drift_switched"] - done.search["drift_rewritten"])
             # ONNX Runtime may compute a quantised product with integers in one of the two and not in the other
             assert done.search["minimal"] or (stand_in > 1e-3 and name.startswith("qdq/")), name

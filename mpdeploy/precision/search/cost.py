@@ -164,7 +164,15 @@ class FlowCosts:
     def _cheapest_half(self, kept: KeepSet, gains: Mapping[str, float]) -> frozenset[str]:
         """The half units of the labelling that costs least with these in FP32, by what half saves at each of the others."""
         flow = Flow(
-            [replace(unit, fixed=unit.fixed or unit.key in kept, gain=gains[unit.key]) for unit in self.flow.units]
+            [
+                replace(
+                    unit,
+                    fixed=unit.fixed or unit.key in kept,
+                    is_searched=not unit.fixed and unit.key in kept,
+                    gain=gains[unit.key],
+                )
+                for unit in self.flow.units
+            ]
         )
         flow.edges, flow.of_key = self.flow.edges, self.flow.of_key
         return frozenset(half_units(flow))

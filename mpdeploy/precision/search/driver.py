@@ -345,9 +345,12 @@ class _Search:
                 kept, met = everything, ledger.was_met(everything)
         same = ledger.problem.canonical(kept)
         evaluation = next((found for known, found in history if ledger.problem.canonical(known) == same), None)
-        if evaluation is None:  # stopped before anything passed: everything in FP32 is the model itself
+        if evaluation is None and kept == everything:  # stopped before anything passed: it is the model itself
             evaluation = Evaluation(0.0, True, False, 0.0, 0.0)
             met = True
+        elif evaluation is None:
+            evaluation = ledger.problem.evaluate(same, until="lost")
+            ledger.charge(evaluation.share)
         return SearchAnswer(
             kept=kept,
             met=met,

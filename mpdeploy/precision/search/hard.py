@@ -6,7 +6,8 @@ that it fails about every second time (hazards of its members add up to ln 2), w
 
 Because every test is made beside what was cleared, units that fail only together need nothing extra: the first of a pair is cleared,
 the second is found. If lost outputs stay lost when more becomes half, the answer is 1-minimal by construction.
-Bound: k causes among n, k up to `FEW`, cost at most 1 + k (1 + ceil(log2 n)) tests, wherever they lie. Source: Hwang 1972 (generalised binary splitting), with online estimation.
+Bound: k causes among n, k up to `FEW`, cost at most 1 + k (1 + ceil(log2 n)) tests, wherever they lie.
+Source: Hwang 1972 (generalised binary splitting), with online estimation.
 """
 
 from __future__ import annotations
@@ -133,8 +134,10 @@ class _GroupTesting:
         if rate <= 0 and not suspected:
             return len(group) // 2
         if len(self.found) < FEW and not suspected:
-            half = 1 << (len(group) - 1).bit_length() - 1
-            return min(max(self._likely_half(group, rate), len(group) - half), half)
+            most = 1 << (
+                (len(group) - 1).bit_length() - 1
+            )  # the largest power of two below its size: neither side may be larger
+            return min(max(self._likely_half(group, rate), len(group) - most), most)
         return self._likely_half(group, rate)
 
     def _likely_half(self, group: Sequence[str], rate: float) -> int:

@@ -18,6 +18,8 @@ DOUBTFUL = 12.0
 """Evaluations that a proof short of them keeps for the units that look least needed."""
 REVISIONS = 3
 """How often all is measured anew because a unit has gone; in the last one few or none go."""
+DESCENTS = 8
+"""How often what goes is looked for before the rest is shown; mostly the second time nothing goes."""
 IN_A_ROW = 10
 """So many units, least needed first, that are needed one after another: the others are taken to be needed, too, until they are shown to be."""
 MAX_PRUNE = 12
@@ -194,13 +196,14 @@ class _Proofs:
 
     def descend(self) -> None:
         """Let go what goes before the rest is shown, since that must be shown beside what stays."""
-        before = None
-        while self.kept != before:
+        for _ in range(DESCENTS):
             before = self.kept
             self.on_all(in_a_row=IN_A_ROW)
             while self.join():
                 pass
             self.revise()
+            if self.kept == before:
+                return
 
     def on_all(self, in_a_row: float = math.inf) -> None:
         """The units that are left, least needed first; or until so many in a row are needed."""
@@ -256,7 +259,7 @@ class _Proofs:
                 return False
             less = self.ledger.problem.canonical(self._named() - {unit})
             found = self.ledger.evaluate(less)
-            if found.passes and self.ledger.really(less) <= self.ledger.gate:
+            if found.passes and self._is_less(less) and self.ledger.really(less) <= self.ledger.gate:
                 self.kept = less
                 self.between &= less
                 self.found = {unit: proof for unit, proof in self.found.items() if unit in less}
@@ -264,6 +267,10 @@ class _Proofs:
                 return True
             self.found[unit] = Proof(unit, found.drift, self._looked_at(found), needed=True)
         return False
+
+    def _is_less(self, less: KeepSet) -> bool:
+        cost = self.ledger.problem.cost
+        return (cost(less), len(less)) < (cost(self.kept), len(self.kept))
 
     def _looked_at(self, found: Evaluation) -> int:
         """Samples of a measurement, which may have ended early."""
@@ -283,7 +290,9 @@ class _Proofs:
 
     def name(self) -> None:
         """Leave out what the plan keeps anyhow."""
-        self.kept = self._named()
+        named = self._named()
+        if self.ledger.problem.canonical(named) == self.kept:  # what is proven must be what the names give
+            self.kept = named
         self.found = {unit: proof for unit, proof in self.found.items() if unit in self.kept}
         for unit in sorted(self.kept - self.found.keys()):
             self.found[unit] = Proof(unit, math.nan, 0, needed=False)

@@ -53,6 +53,8 @@ MOVES = frozenset(
     ]
 )
 """Ops with one float input (the first) that give back its values: rounding before or after them is the same."""
+SIZES = frozenset(["Shape", "Size"])
+"""Ops that do not look at values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +191,8 @@ class _Builder:
 
     def _node_edges(self) -> Iterator[_Edge]:
         for node in self.index.nodes.values():
+            if node.op_type in SIZES and node.domain in ("", "ai.onnx"):
+                continue
             taken: dict[tuple[ir.Value, str | None], list[int]] = {}
             for position, value in enumerate(node.inputs):
                 if value is None or not self._is_computed(value) or (position == 0 and self._moves(node)):
