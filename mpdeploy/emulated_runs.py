@@ -23,7 +23,7 @@ from mpdeploy.measure.drift import DriftMeter, DriftReport
 from mpdeploy.precision.chain import Chain
 from mpdeploy.precision.dot_products import add_largest_sum, could_leave
 from mpdeploy.precision.emulate import emulate, run_at_opset_21
-from mpdeploy.precision.engine_forms import USUAL, forms_of
+from mpdeploy.precision.engine_forms import USUAL
 from mpdeploy.precision.flow import float_values, shape_size
 from mpdeploy.precision.formats import FLOAT, HALF_TYPES, HalfFormat
 from mpdeploy.precision.model_io import SCRATCH_EXTERNAL_FROM_BYTES, load_model, write_model
@@ -135,7 +135,6 @@ def emulated_runner(
         StageFailedError: the runtime does not keep the rounding (see `engines.onnxruntime.prove_pairs_are_kept`).
         UsageError: there is no such engine.
     """
-    forms_of(engine)
     for dtype in _half_types(mixed):
         ort_engine.prove_pairs_are_kept(dtype)
     with tempfile.TemporaryDirectory(prefix="mpdeploy-") as name:
